@@ -136,9 +136,11 @@ class Tokenizer:
           TokenizerError: `text` has a character that the vocabulary lacks, or a lone surrogate.
         """
         try:
-            return self._backend.encode(text, add_special_tokens=False).ids
+            text.encode()
         except UnicodeEncodeError as error:
-            raise TokenizerError(f"the text is not valid Unicode: {error.reason}") from error
+            raise TokenizerError(f"the text is not valid Unicode: {error}") from error
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library raises bare Exception
             missing = sorted({c for c in text if self._backend.token_to_id(c) is None})
             if not missing:
