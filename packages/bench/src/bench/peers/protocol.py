@@ -1,0 +1,129 @@
+"""The contestants' side of the conversation: one JSON object a line, in on stdin, out on stdout.
+
+    {"do": "hello"}                                  -> {"versions": {...}, "threads": 2, "device": "cpu"}
+    {"do": "ceilings"}                               -> {"gemm_flops_per_s": ..., "read_bytes_per_s": ...}
+    {"do": "prepare", "workload": {}, "weights": ""} -> {"first_call_s": ...}
+    {"do": "outputs"}                                -> {"tokens": [[...]]}, {"logits": [...]} or {"losses": [...]}
+    {"do": "run", "repeats": 5, "warm": true}        -> {"seconds": [...]}
+
+A request that fails is answered by {"error": "..."} and the worker lives on; the end of stdin ends it. The clock is
+here, so that it is the same for everyone. Standard library only: this runs in every contestant's environment.
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from bench.workloads import Workload
+
+
+class Task(Protocol):
+    """A workload made ready in one contestant."""
+
+    def call(self) -> object:
+        """Does the work once, and returns when it is really done: on a device, after synchronising."""
+        ...
+
+    def outputs(self) -> Mapping[str, Any]:
+        """Returns what was computed, for comparison with the others. Called once, after the first `call`."""
+        ...
+
+
+class Contestant(Protocol):
+    def hello(self) -> Mapping[str, Any]: ...
+
+    def ceilings(self) -> Mapping[str, float]:
+        """Returns the fastest float32 product (FLOP/s) and read (bytes/s) that this tool reaches on this machine."""
+        ...
+
+    def prepare(self, workload: Workload, weights: Path) -> Task:
+        """Loads the Hugging Face folder `weights` and whatever the workload needs, dropping the previous task."""
+        ...
+
+
+def serve(contestant: Contestant) -> None:
+    """Answers requests until stdin ends."""
+    answers = _claim_stdout()
+    session = _Session(contestant)
+    for line in sys.stdin:
+        try:
+            answer = session.answer(json.loads(line))
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _claim_stdout() -> IO[str]:
+    """Returns the real stdout and sends everything that libraries print, from C too, to stderr."""
+    sys.stdout.flush()
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return answers
+
+
+class _Session:
+    def __init__(self, contestant: Contestant) -> None:
+        self.contestant = contestant
+        self.task: Task | None = None
+
+    def answer(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        match request["do"]:
+            case "hello":
+                return self.contestant.hello()
+            case "ceilings":
+                return self.contestant.ceilings()
+            case "prepare":
+                return self._prepare(
+                    Workload.from_dict(request["workload"]), Path(request["weights"])
+                )
+            case "outputs":
+                return self._ready().outputs()
+            case "run":
+                return self._run(request["repeats"], warm=request["warm"])
+            case other:
+                raise ValueError(f"unknown request {other!r}")
+
+    def _ready(self) -> Task:
+        if self.task is None:
+            raise RuntimeError("nothing is prepared")
+        return self.task
+
+    def _prepare(self, workload: Workload, weights: Path) -> Mapping[str, float]:
+        self.task = None  # the previous model's memory goes before the next one's comes
+        gc.collect()
+        self.task = self.contestant.prepare(workload, weights)
+        return {"first_call_s": seconds(self.task.call)}
+
+    def _run(self, repeats: int, *, warm: bool) -> Mapping[str, list[float]]:
+        call = self._ready().call
+        gc.collect()
+        gc.disable()
+        try:
+            if warm:  # the others' turns have emptied the caches and put the threads to sleep
+                call()
+            return {"seconds": [seconds(call) for _ in range(repeats)]}
+        finally:
+            gc.enable()
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Returns how long one `call` takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def sampled(length: int, count: int) -> list[int]:
+    """Returns up to `count` indices spread evenly over range(length), the last one included.
+
+    >>> sampled(100, 4)
+    [0, 33, 66, 99]
+    """
+    if length <= count:
+        return list(range(length))
+    return [round(i * (length - 1) / (count - 1)) for i in range(count)]
