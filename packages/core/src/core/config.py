@@ -6,7 +6,7 @@ is an error, because a key that is skipped silently is a wrong model.
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh", "gelu_fast", "relu", "silu", "quick_gelu")
@@ -50,7 +50,7 @@ class GPT2Config:
 
     def __post_init__(self) -> None:
         wrong = [
-            f"{field.name}={value!r} is not {field.type}"
+            f"{field.name}={value!r} is not {_spelled(field.type)}"
             for field in dataclasses.fields(self)
             if not _fits(value := getattr(self, field.name), field.type)
         ]
@@ -59,7 +59,7 @@ class GPT2Config:
         if wrong:
             raise ConfigError("this model configuration cannot be: " + "; ".join(wrong))
 
-    def _contradictions(self):
+    def _contradictions(self) -> Iterator[str]:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             if getattr(self, name) < 1:
                 yield f"{name}={getattr(self, name)} must be at least 1"
@@ -260,6 +260,10 @@ def _nearest(key: str, known: set[str]) -> str:
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
+def _spelled(declared: Any) -> str:
+    return getattr(declared, "__name__", str(declared))
+
+
 def _fits(value: Any, declared: Any) -> bool:
     """Tells whether `value` has the declared type; a bool is no int here, as JSON distinguishes them."""
     if declared == int | None:
@@ -273,13 +277,19 @@ def _fits(value: Any, declared: Any) -> bool:
 
 FAMILIES: dict[str, type[GPT2Config]] = {"gpt2": GPT2Config}
 
-_END_OF_TEXT = {"bos_token_id": 50256, "eos_token_id": 50256}
+
+def _published(n_layer: int, n_head: int, n_embd: int) -> GPT2Config:
+    return GPT2Config(
+        n_layer=n_layer, n_head=n_head, n_embd=n_embd, bos_token_id=50256, eos_token_id=50256
+    )
+
+
 PRESETS: dict[str, GPT2Config] = {
-    "gpt2": GPT2Config(**_END_OF_TEXT),
-    "gpt2-medium": GPT2Config(n_layer=24, n_head=16, n_embd=1024, **_END_OF_TEXT),
-    "gpt2-large": GPT2Config(n_layer=36, n_head=20, n_embd=1280, **_END_OF_TEXT),
-    "gpt2-xl": GPT2Config(n_layer=48, n_head=25, n_embd=1600, **_END_OF_TEXT),
-    "distilgpt2": GPT2Config(n_layer=6, **_END_OF_TEXT),
+    "gpt2": _published(12, 12, 768),
+    "gpt2-medium": _published(24, 16, 1024),
+    "gpt2-large": _published(36, 20, 1280),
+    "gpt2-xl": _published(48, 25, 1600),
+    "distilgpt2": _published(6, 12, 768),
 }
 """The sizes that are known by name."""
 

@@ -1,0 +1,381 @@
+"""The model folder: what every stage hands to the next.
+
+    config.json                          family and architecture
+    model-0000k-of-0000n.safetensors     canonical names and layouts, at most 4 GB a shard, tensors on 64 bytes
+    manifest.json                        where everything came from and what it hashes to; written last
+    tokenizer.json ...                   copied beside
+
+A tensor's name is its path in the parameter tree. Opening maps the files: a tensor that starts on 64 bytes becomes a
+JAX array on the CPU without a copy. Writing streams one tensor at a time into a sibling folder that takes the final
+name only when it is whole, so a folder either has a manifest that is true or does not exist.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import mmap
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import traverse_util
+
+from core import axes
+from core import config as config_lib
+from core.config import ConfigError, GPT2Config
+from core.tokenizer import Tokenizer
+
+SHARD_BYTES = 4 * 10**9
+ALIGNMENT = 64  # jax.device_put shares pages from here on
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_NUMPY_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class CheckpointError(Exception):
+    """A model folder that is missing, incomplete, damaged, or not what its configuration says."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """One tensor to be written: `dtype` by its numpy name; where it came from, for the manifest."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    sources: tuple[str, ...] = ()
+    layout: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _NUMPY_DTYPES[_SAFETENSORS_DTYPES[self.dtype]].itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFolder:
+    """An opened model folder; `tensors` are read-only views of the mapped files."""
+
+    path: Path
+    config: GPT2Config
+    manifest: Mapping[str, Any]
+    tensors: Mapping[str, np.ndarray]
+
+    def params(self, dtype: Any = None) -> dict[str, Any]:
+        """Returns the nested parameter dict as JAX arrays, cast to `dtype` if given.
+
+        On a CPU the arrays share the file's pages and cost no memory: never donate them.
+        """
+        arrays = {
+            name: jax.device_put(x if dtype is None else x.astype(dtype))
+            for name, x in self.tensors.items()
+        }
+        return traverse_util.unflatten_dict(arrays, sep=".")
+
+
+def open(path: str | Path) -> ModelFolder:
+    """Opens the model folder at `path` after checking that it is whole.
+
+    Raises:
+      CheckpointError: no folder, no manifest, a shard of another size, or tensors that are not the configuration's.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path}: no such model folder; make one with `python -m convert` or `python -m train`"
+        )
+    manifest = _read_json(path / MANIFEST)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path / MANIFEST}: format_version is {manifest.get('format_version')!r}, "
+            f"this version reads {FORMAT_VERSION}"
+        )
+    try:
+        config = config_lib.from_dict(_read_json(path / "config.json"))
+    except ConfigError as error:
+        raise CheckpointError(f"{path / 'config.json'}: {error}") from error
+    tensors = {}
+    for shard, size in manifest["shards"].items():
+        tensors |= _map_shard(path / shard, size)
+    _check_names(path, config, tensors)
+    return ModelFolder(path, config, manifest, {n: tensors[n] for n in config.tensors()})
+
+
+def write(
+    path: str | Path,
+    *,
+    config: GPT2Config,
+    specs: Sequence[TensorSpec],
+    read: Callable[[TensorSpec], np.ndarray],
+    files: Mapping[str, Path | bytes] | None = None,
+    source: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    on_bytes: Callable[[int], None] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, Any]:
+    """Writes a model folder and returns its manifest; the output is the same bytes for the same input.
+
+    Args:
+      path: where the folder will be; it appears when it is whole.
+      config: what the tensors belong to; written as config.json.
+      specs: every tensor of `config`, in any order.
+      read: gives a spec's array, of just that shape and dtype; called once for each, so one is in memory at a time.
+      files: what to put beside, by name: contents, or a file to copy.
+      source: noted in the manifest: where the weights come from.
+      overwrite: replaces a folder that is already there (by renaming, so readers see the old or the new).
+      on_bytes: told how many bytes have just been written.
+      shard_bytes: no shard is larger, unless one tensor is.
+
+    Raises:
+      CheckpointError: `path` exists and `overwrite` is false; the specs are not the configuration's; the disk is full.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path} exists; choose another folder or pass --overwrite")
+    _check_specs(path, config, specs)
+    partial = path.with_name(path.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        _check_space(partial, specs)
+        entries, shards = {}, {}
+        plan = _plan_shards(specs, shard_bytes)
+        for number, shard in enumerate(plan, start=1):
+            name = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
+            entries |= _write_shard(partial / name, shard, read, on_bytes)
+            shards[name] = (partial / name).stat().st_size
+        _write_json(partial / "config.json", config.to_dict())
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "tool": {"name": "flaxmill", "version": importlib.metadata.version("flaxmill-core")},
+            "source": dict(source or {}),
+            "parameters": config.parameter_count,
+            "shards": shards,
+            "files": _copy_files(partial, files or {}),
+            "tensors": {spec.name: entries[spec.name] for spec in specs},
+        }
+        _write_json(partial / MANIFEST, manifest)
+        _replace(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return manifest
+
+
+def save(
+    path: str | Path,
+    config: GPT2Config,
+    params: Mapping[str, Any],
+    *,
+    tokenizer: Tokenizer | None = None,
+    source: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Writes a nested parameter dict as a model folder and returns the manifest; see `write`."""
+    flat: dict[str, Any] = traverse_util.flatten_dict(dict(params), sep=".")
+    missing, extra = config.tensors().keys() - flat.keys(), flat.keys() - config.tensors().keys()
+    if missing or extra:
+        raise CheckpointError(
+            f"the parameters are not the configuration's: missing {_some(missing)}; not expected {_some(extra)}"
+        )
+    specs = [
+        TensorSpec(name, tuple(flat[name].shape), np.dtype(flat[name].dtype).name)
+        for name in config.tensors()
+    ]
+    return write(
+        path,
+        config=config,
+        specs=specs,
+        read=lambda spec: np.asarray(flat[spec.name]),
+        files=tokenizer.files() if tokenizer is not None else {},
+        source=source,
+        overwrite=overwrite,
+    )
+
+
+def sha256(path: Path) -> str:
+    """Returns a file's SHA-256, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _plan_shards(specs: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
+    """Splits `specs` into shards; in each, sizes divisible by 64 come first, so that all of those are aligned."""
+    shards: list[list[TensorSpec]] = [[]]
+    room = shard_bytes
+    for spec in specs:
+        if shards[-1] and spec.nbytes > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(spec)
+        room -= spec.nbytes
+    return [sorted(shard, key=lambda spec: spec.nbytes % ALIGNMENT != 0) for shard in shards]
+
+
+def _write_shard(
+    path: Path,
+    specs: Sequence[TensorSpec],
+    read: Callable[[TensorSpec], np.ndarray],
+    on_bytes: Callable[[int], None] | None,
+) -> dict[str, dict[str, Any]]:
+    """Writes one safetensors file and returns its manifest entries."""
+    header: dict[str, Any] = {"__metadata__": {"format": "flax"}}
+    offset = 0
+    for spec in specs:
+        header[spec.name] = {
+            "dtype": _SAFETENSORS_DTYPES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    entries = {}
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for spec in specs:
+            array = np.ascontiguousarray(read(spec))
+            if array.shape != spec.shape or array.dtype.name != spec.dtype:
+                raise CheckpointError(
+                    f"{spec.name}: expected {spec.dtype}{list(spec.shape)}, "
+                    f"was given {array.dtype.name}{list(array.shape)}"
+                )
+            data = array.reshape(-1).view(np.uint8).data
+            entries[spec.name] = {
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+                "shard": path.name,
+                "offset": file.tell(),
+                "nbytes": spec.nbytes,
+                "sha256": hashlib.sha256(data).hexdigest(),
+                "sources": list(spec.sources),
+                "layout": spec.layout,
+            }
+            file.write(data)
+            if on_bytes is not None:
+                on_bytes(spec.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
+    return entries
+
+
+def _map_shard(path: Path, expected_bytes: int) -> dict[str, np.ndarray]:
+    """Returns a shard's tensors as read-only views of one memory map."""
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; convert or copy the model again") from None
+    if found != expected_bytes:
+        raise CheckpointError(
+            f"{path}: expected {expected_bytes} bytes, found {found}; convert or copy the model again"
+        )
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    start = 8 + int.from_bytes(mapped[:8], "little")
+    try:
+        header = json.loads(mapped[8:start])
+        return {
+            name: np.frombuffer(
+                mapped,
+                _NUMPY_DTYPES[entry["dtype"]],
+                math.prod(entry["shape"]),
+                start + entry["data_offsets"][0],
+            ).reshape(entry["shape"])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: the safetensors header is damaged: {error}") from error
+
+
+def _check_names(path: Path, config: GPT2Config, tensors: Mapping[str, np.ndarray]) -> None:
+    expected = {name: axes.shape(word, config.axes) for name, word in config.tensors().items()}
+    wrong = [
+        f"{name} should be {list(expected[name])}, is {list(tensors[name].shape)}"
+        for name in expected.keys() & tensors.keys()
+        if expected[name] != tensors[name].shape
+    ]
+    missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    wrong += [f"missing {_some(missing)}"] * bool(missing)
+    wrong += [f"not expected {_some(extra)}"] * bool(extra)
+    if wrong:
+        raise CheckpointError(
+            f"{path}: the tensors are not those of config.json: {'; '.join(sorted(wrong)[:5])}"
+        )
+
+
+def _check_specs(path: Path, config: GPT2Config, specs: Sequence[TensorSpec]) -> None:
+    names = [spec.name for spec in specs]
+    if len(set(names)) != len(names):
+        raise CheckpointError(f"{path}: a tensor is planned twice")
+    if unknown := [s.name for s in specs if s.dtype not in _SAFETENSORS_DTYPES]:
+        raise CheckpointError(
+            f"{path}: {_some(unknown)} would not be {', '.join(_SAFETENSORS_DTYPES)}"
+        )
+    _check_names(path, config, {s.name: np.broadcast_to(np.uint8(0), s.shape) for s in specs})
+
+
+def _check_space(folder: Path, specs: Iterable[TensorSpec]) -> None:
+    needed, free = sum(spec.nbytes for spec in specs), shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"{folder.parent}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+        )
+
+
+def _copy_files(folder: Path, files: Mapping[str, Path | bytes]) -> dict[str, dict[str, Any]]:
+    entries = {}
+    for name, content in sorted(files.items()):
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        (folder / name).write_bytes(data)
+        entries[name] = {"nbytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return entries
+
+
+def _replace(partial: Path, path: Path) -> None:
+    """Gives `partial` the name `path`; a folder that had it is moved aside first and deleted last."""
+    old = path.with_name(path.name + ".old")
+    if old.exists():
+        shutil.rmtree(old)
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is missing: {path.parent} is not a model folder; "
+            "make one with `python -m convert --source=...`"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} should hold a JSON object")
+    return content
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (", ".join(names[:3]) + more) or "nothing"

@@ -1,0 +1,100 @@
+"""The small mathematics of a transformer: norms, activations, linear maps, dropout. Pure functions on arrays.
+
+Weights keep the axes of the checkpoint (see `core.axes`); the products run on flattened rows, `(B T) x D`, because the
+backward pass of a three-dimensional product contracts two axes at once and costs small models a third of a step.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def layer_norm(
+    x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, epsilon: float
+) -> jax.Array:
+    """Returns `x` normalised over its last axis, in float32 inside (Ba et al. 2016, arXiv:1607.06450).
+
+    The variance is the mean of squared deviations: mean(x**2) - mean(x)**2 cancels where |mean| >> std.
+    """
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    normal = centred * jax.lax.rsqrt(variance + epsilon) * _rows_like(scale_D, x)
+    if bias_D is not None:
+        normal = normal + _rows_like(bias_D, x)
+    return normal.astype(x.dtype)
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """GELU in its tanh form, OpenAI's `gelu_new` (Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2)."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def gelu_erf(x: jax.Array) -> jax.Array:
+    """GELU as defined, x * Phi(x); PyTorch's and nanoGPT's default."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """The cheap GELU of the same paper, x * sigmoid(1.702 x)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "gelu_fast": gelu_tanh,
+    "gelu": gelu_erf,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "quick_gelu": quick_gelu,
+}
+"""By the names of `core.config.ACTIVATIONS`; three names of the tanh form differ in rounding only."""
+
+
+def linear(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None, *, inputs: int = 1
+) -> jax.Array:
+    """Returns `x @ kernel + bias`, contracting the last `inputs` axes of `x` with the first of `kernel`.
+
+    >>> linear(jnp.ones((2, 5, 4)), jnp.ones((4, 3, 2)), jnp.ones((3, 2))).shape
+    (2, 5, 3, 2)
+    """
+    rows, outputs = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
+    flat = x.reshape(_size(rows), -1) @ kernel.reshape(-1, _size(outputs)).astype(x.dtype)
+    if bias is not None:
+        flat = flat + bias.reshape(1, -1).astype(x.dtype)
+    return flat.reshape(rows + outputs)
+
+
+def unembed(x_BTD: jax.Array, kernel_VD: jax.Array) -> jax.Array:
+    """Returns the logits_BTV of `x_BTD`, in float32 whatever the activations are."""
+    B, T, D = x_BTD.shape
+    logits_RV = jax.lax.dot_general(
+        x_BTD.reshape(B * T, D),
+        kernel_VD.astype(x_BTD.dtype),
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    return logits_RV.reshape(B, T, -1)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Returns `x` with a share `rate` zeroed and the rest scaled up (Srivastava et al. 2014); `x` without a key."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+def _rows_like(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """`vector` in float32 with leading axes of one, so that no rank is promoted silently."""
+    return vector.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size

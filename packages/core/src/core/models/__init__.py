@@ -1,0 +1,111 @@
+"""Models behind one small interface, so that trainer and engine need not know the family or the module library.
+
+model = build(config)
+params = model.init(jax.random.key(0))
+logits_BTV = model.apply(params, tokens_BT)
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from core import checkpoint
+from core.config import GPT2Config
+from core.kv_cache import KVCache
+from core.models.gpt2 import GPT2
+from core.tokenizer import Tokenizer
+
+Params = dict[str, Any]
+"""A nested dict of arrays; a leaf's path, joined by dots, is its name in the model folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A configuration that can be initialised and applied; hashable, so it may be a static argument of jit."""
+
+    config: GPT2Config
+
+    def init(self, key: jax.Array) -> Params:
+        """Returns fresh float32 parameters, drawn as GPT-2 was: N(0, initializer_range), biases zero."""
+        tokens_BT = jnp.zeros((1, 1), jnp.int32)
+        return jax.jit(GPT2(self.config).init)(key, tokens_BT, tokens_BT)["params"]
+
+    def apply(
+        self,
+        params: Params,
+        tokens_BT: jax.Array,
+        *,
+        dropout_key: jax.Array | None = None,
+        dtype: Any = jnp.float32,
+    ) -> jax.Array:
+        """Returns logits_BTV in float32: position t's are for the token after it.
+
+        Args:
+          params: the parameters, of any float dtype.
+          tokens_BT: ids; T at most `config.n_positions`.
+          dropout_key: turns dropout on, at the configuration's rates.
+          dtype: of the activations and of the products.
+
+        Raises:
+          ValueError: T is longer than the context.
+        """
+        B, T = tokens_BT.shape
+        if self.config.n_positions < T:
+            raise ValueError(f"{T} tokens do not fit the context of {self.config.n_positions}")
+        positions_BT = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
+        module = GPT2(self.config, jnp.dtype(dtype))
+        logits_BTV, _ = module.apply({"params": params}, tokens_BT, positions_BT, None, dropout_key)
+        return logits_BTV
+
+    def extend(
+        self,
+        params: Params,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        cache: KVCache,
+        *,
+        only_B: jax.Array | None = None,
+        dtype: Any = jnp.float32,
+    ) -> tuple[jax.Array, KVCache]:
+        """Returns logits_BTV of `tokens_BT` placed at `positions_BT`, and the cache with them in it.
+
+        A row's positions run on by one. What the cache holds beyond them is never seen, so that a prompt may be padded
+        on the right and its padding overwritten later.
+
+        Args:
+          params: the parameters.
+          tokens_BT: the next ids of each row.
+          positions_BT: where they go.
+          cache: what came before.
+          only_B: the index along T of the one position a row whose logits are wanted; the result has T = 1. A prompt's
+            logits are V numbers a token, and only the last token's matter.
+          dtype: of the activations and of the products.
+        """
+        module = GPT2(self.config, jnp.dtype(dtype))
+        return cast(
+            tuple[jax.Array, KVCache],
+            module.apply({"params": params}, tokens_BT, positions_BT, cache, None, only_B),
+        )
+
+
+def load(path: str | Path, dtype: Any = None) -> tuple[Model, Params, Tokenizer | None]:
+    """Opens a model folder: the model, its parameters (cast to `dtype` if given) and its tokenizer if it has one.
+
+    Without a cast the parameters are the mapped file itself: opening takes milliseconds and no memory.
+
+    Raises:
+      CheckpointError: `path` is no whole model folder.
+      TokenizerError: its tokenizer cannot be read.
+    """
+    folder = checkpoint.open(path)
+    has_tokenizer = any((folder.path / name).exists() for name in ("tokenizer.json", "vocab.json"))
+    tokenizer = Tokenizer.open(folder.path) if has_tokenizer else None
+    return build(folder.config), folder.params(dtype), tokenizer
+
+
+def build(config: GPT2Config) -> Model:
+    """Returns the model that `config` describes."""
+    return Model(config)

@@ -1,0 +1,192 @@
+"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), as the paper tells it.
+
+A pre-norm transformer decoder with learned absolute positions. The modules declare parameters under the names of the
+model folder and call pure functions; they hold no state. Everything that varies in the family is in `GPT2Config`.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from core import kv_cache
+from core.attention import attend
+from core.config import GPT2Config
+from core.kv_cache import KVCache
+from core.layers import ACTIVATIONS, dropout, layer_norm, linear, unembed
+
+Initializer = Callable[..., jax.Array]
+
+
+class GPT2(nn.Module):
+    """Tokens in, logits out; with a cache, the next tokens of sequences whose beginnings are in it."""
+
+    config: GPT2Config
+    dtype: jnp.dtype = jnp.dtype(jnp.float32)
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        cache: KVCache | None = None,
+        dropout_key: jax.Array | None = None,
+        only_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        config = self.config
+        normal = nn.initializers.normal(config.initializer_range)
+        wte_VD = Embedding((config.vocab_size, config.n_embd), normal, name="wte")()
+        wpe_PD = Embedding((config.n_positions, config.n_embd), normal, name="wpe")()
+        embed_key, blocks_key = _split(dropout_key, 2)
+
+        x_BTD = wte_VD[tokens_BT].astype(self.dtype) + wpe_PD[positions_BT].astype(self.dtype)
+        x_BTD = dropout(x_BTD, config.embd_pdrop, embed_key)
+        x_BTD, cache = Blocks(config, name="blocks")(x_BTD, positions_BT, cache, blocks_key)
+        if only_B is not None:
+            x_BTD = jnp.take_along_axis(x_BTD, only_B[:, None, None], axis=1)
+        x_BTD = LayerNorm(config, name="ln_f")(x_BTD)
+        head_VD = (
+            wte_VD
+            if config.tie_word_embeddings
+            else Kernel((config.vocab_size, config.n_embd), normal, name="lm_head")()
+        )
+        return unembed(x_BTD, head_VD), cache
+
+
+class Blocks(nn.Module):
+    """The residual stream through every block, "0" to "L-1"."""
+
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x_BTD, positions_BT, cache, dropout_key):
+        keys = _split(dropout_key, self.config.n_layer)
+        ks, vs = [], []
+        for layer, key in enumerate(keys):
+            past = None if cache is None else (cache.k_BNSH[layer], cache.v_BNSH[layer])
+            x_BTD, (k, v) = Block(self.config, layer, name=str(layer))(
+                x_BTD, positions_BT, past, key
+            )
+            ks.append(k)
+            vs.append(v)
+        return x_BTD, None if cache is None else KVCache(tuple(ks), tuple(vs))
+
+
+class Block(nn.Module):
+    config: GPT2Config
+    layer: int
+
+    @nn.compact
+    def __call__(self, x_BTD, positions_BT, past, dropout_key):
+        config = self.config
+        attn_key, resid_key, mlp_key = _split(dropout_key, 3)
+        y_BTD, past = Attention(config, self.layer, name="attn")(
+            LayerNorm(config, name="ln_1")(x_BTD), positions_BT, past, attn_key
+        )
+        x_BTD = x_BTD + dropout(y_BTD, config.resid_pdrop, resid_key)
+        y_BTD = MLP(config, name="mlp")(LayerNorm(config, name="ln_2")(x_BTD))
+        return x_BTD + dropout(y_BTD, config.resid_pdrop, mlp_key), past
+
+
+class Attention(nn.Module):
+    """Multi-head causal attention; q, k and v come from one product."""
+
+    config: GPT2Config
+    layer: int
+
+    @nn.compact
+    def __call__(self, x_BTD, positions_BT, past, dropout_key):
+        config = self.config
+        D, N, H = config.n_embd, config.n_head, config.head_dim
+        qkv_BT3NH = Linear(config, (D,), (3, N, H), name="qkv")(x_BTD)
+        q_BTNH, k_BTNH, v_BTNH = (qkv_BT3NH[:, :, i] for i in range(3))
+        if past is None:
+            k_BNSH, v_BNSH = jnp.swapaxes(k_BTNH, 1, 2), jnp.swapaxes(v_BTNH, 1, 2)
+        else:
+            k_BNSH = kv_cache.write(past[0], k_BTNH, positions_BT)
+            v_BNSH = kv_cache.write(past[1], v_BTNH, positions_BT)
+
+        scale = H**-0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            scale /= self.layer + 1
+        out_BTNH = attend(
+            q_BTNH,
+            k_BNSH,
+            v_BNSH,
+            positions_BT=positions_BT,
+            scale=scale,
+            dropout_rate=config.attn_pdrop,
+            dropout_key=dropout_key,
+        )
+        return Linear(config, (N, H), (D,), residual=True, name="out")(out_BTNH), (k_BNSH, v_BNSH)
+
+
+class MLP(nn.Module):
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        D, F = self.config.n_embd, self.config.d_ff
+        h_BTF = Linear(self.config, (D,), (F,), name="up")(x_BTD)
+        h_BTF = ACTIVATIONS[self.config.activation_function](h_BTF)
+        return Linear(self.config, (F,), (D,), residual=True, name="down")(h_BTF)
+
+
+class Linear(nn.Module):
+    """An affine map from the axes `inputs` to the axes `outputs`.
+
+    Those that write to the residual stream start smaller by sqrt(2 L) (the paper, section 2.3): the stream sums 2 L.
+    """
+
+    config: GPT2Config
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    residual: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        std = self.config.initializer_range
+        if self.residual:
+            std /= math.sqrt(2 * self.config.n_layer)
+        kernel = self.param("kernel", nn.initializers.normal(std), self.inputs + self.outputs)
+        bias = (
+            self.param("bias", nn.initializers.zeros, self.outputs)
+            if self.config.use_bias
+            else None
+        )
+        return linear(x, kernel, bias, inputs=len(self.inputs))
+
+
+class LayerNorm(nn.Module):
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        D = (self.config.n_embd,)
+        scale_D = self.param("scale", nn.initializers.ones, D)
+        bias_D = self.param("bias", nn.initializers.zeros, D) if self.config.use_bias else None
+        return layer_norm(x_BTD, scale_D, bias_D, self.config.layer_norm_epsilon)
+
+
+class Embedding(nn.Module):
+    shape: tuple[int, int]
+    initializer: Initializer
+
+    @nn.compact
+    def __call__(self):
+        return self.param("embedding", self.initializer, self.shape)
+
+
+class Kernel(nn.Module):
+    shape: tuple[int, int]
+    initializer: Initializer
+
+    @nn.compact
+    def __call__(self):
+        return self.param("kernel", self.initializer, self.shape)
+
+
+def _split(key: jax.Array | None, count: int):
+    return [None] * count if key is None else jax.random.split(key, count)
