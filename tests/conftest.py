@@ -1,0 +1,27 @@
+"""What every test stands on: strict JAX, a compilation cache between runs, the shared test data."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update(
+    "jax_compilation_cache_dir",
+    os.environ.get("FLAXMILL_JAX_CACHE", str(Path(__file__).parents[1] / ".cache" / "jax")),
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(scope="session")
+def testdata() -> Path:
+    """The folder with GPT-2's BPE files and tinyshakespeare; tests that need it skip without."""
+    folder = os.environ.get("FLAXMILL_TESTDATA")
+    if not folder:
+        pytest.skip("FLAXMILL_TESTDATA names no folder with gpt2_vocab.bpe and tinyshakespeare.txt")
+    return Path(folder)
