@@ -1,0 +1,84 @@
+"""Checkpoints from elsewhere to model folders, and back.
+
+    convert.convert("gpt2-xl", out="models/gpt2-xl")          # or a path
+    convert.export("models/mine", to="hf", out="exported/mine")
+    convert.verify("models/mine", against="exported/mine")
+
+The work is in `importer`, `exporter` and `verifier`. The modules `export` and `verify` are command lines only and
+refuse to be imported, because an imported submodule would take the place of the function of its name.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from convert.errors import ConvertError
+
+if TYPE_CHECKING:
+    from convert.verifier import Report
+
+__all__ = ["ConvertError", "convert", "export", "verify"]
+
+
+def convert(
+    source_or_model: str | Path,
+    *,
+    out: str | Path,
+    dtype: str = "keep",
+    revision: str | None = None,
+    overwrite: bool = False,
+    quiet: bool | None = None,
+) -> Path:
+    """Writes the model folder `out` from a checkpoint and returns its path.
+
+    A path that exists is read; any other string names a model on the hub ("gpt2-xl", "owner/name"), which is looked for
+    in `models/src` first and downloaded otherwise, at `revision` (a branch, tag or commit). `dtype` is "keep", or what
+    every weight is cast to: "float32", "bfloat16", "float16". `quiet=True` shows no progress, `None` shows it where
+    stderr is a terminal.
+
+    Raises:
+      ConvertError: nothing was written at `out`.
+    """
+    from convert import destination, importer
+
+    destination.check(out, overwrite=overwrite)
+    if isinstance(source_or_model, Path) or Path(source_or_model).exists():
+        plan = importer.plan_source(source_or_model, dtype=dtype, revision=revision)
+    else:
+        plan = importer.plan_model(source_or_model, dtype=dtype, revision=revision, quiet=quiet)
+    return importer.write(plan, out, overwrite=overwrite, quiet=quiet)
+
+
+def export(
+    model: str | Path,
+    *,
+    to: str = "hf",
+    out: str | Path,
+    overwrite: bool = False,
+    shard_bytes: int = 5_000_000_000,
+    quiet: bool | None = None,
+) -> Path:
+    """Writes the model folder `model` in somebody else's format at `out` and returns that path.
+
+    `to="hf"` is the folder that transformers' `from_pretrained` opens, in shards of at most `shard_bytes`.
+
+    Raises:
+      ConvertError: nothing was written at `out`.
+    """
+    from convert import exporter
+
+    return exporter.export(
+        model, to=to, out=out, overwrite=overwrite, shard_bytes=shard_bytes, quiet=quiet
+    )
+
+
+def verify(
+    model: str | Path, *, against: str | Path | None = None, quiet: bool | None = None
+) -> "Report":
+    """Hashes every tensor and file of a model folder again, and with `against` derives every tensor from that source.
+
+    Raises:
+      ConvertError: naming everything that differs.
+    """
+    from convert import verifier
+
+    return verifier.verify(model, against=against, quiet=quiet)

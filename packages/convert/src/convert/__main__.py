@@ -1,0 +1,65 @@
+"""Converts a checkpoint to a model folder.
+
+    python -m convert --model=gpt2-xl
+    python -m convert --source=PATH --out=DIR [--dtype=bfloat16]
+
+A model known by name is read from models/src/NAME where that folder exists, and downloaded otherwise.
+"""
+
+
+from absl import flags
+
+from convert import door
+
+_MODEL = flags.DEFINE_string(
+    "model", None, "gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, or OWNER/NAME on the hub."
+)
+_SOURCE = flags.DEFINE_string("source", None, "A checkpoint folder, or one .safetensors file.")
+_OUT = flags.DEFINE_string("out", None, "The model folder to write; models/NAME with --model.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "keep", ["keep", "float32", "bfloat16", "float16"], "The type of every weight written."
+)
+_FORMAT = flags.DEFINE_enum("format", "auto", ["auto", "hf"], "The format of --source.")
+_REVISION = flags.DEFINE_string("revision", None, "The branch, tag or commit to download.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replaces the model folder --out.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Prints the plan, downloads and writes no weights.")
+
+
+def main() -> None:
+    model, source = _MODEL.value, _SOURCE.value
+    if source is not None and model is None:
+        _convert_source(source)
+    elif model is not None and source is None:
+        _convert_model(model)
+    else:
+        raise door.Usage("give either --model=NAME or --source=PATH")
+
+
+def _convert_source(path: str) -> None:
+    if _REVISION.value is not None:
+        raise door.Usage("--revision pins a download; it says nothing about --source")
+    if not _OUT.value and not _DRY_RUN.value:
+        raise door.Usage("--source needs --out=DIR")
+    from convert import destination, importer
+
+    if _DRY_RUN.value:
+        print(importer.plan_source(path, dtype=_DTYPE.value, format=_FORMAT.value).describe())
+        return
+    out = destination.check(_OUT.value or "", overwrite=_OVERWRITE.value)
+    plan = importer.plan_source(path, dtype=_DTYPE.value, format=_FORMAT.value)
+    print(importer.write(plan, out, overwrite=_OVERWRITE.value))
+
+
+def _convert_model(name: str) -> None:
+    from convert import destination, hub, importer
+
+    if _DRY_RUN.value:
+        print(importer.describe_model(name, dtype=_DTYPE.value, revision=_REVISION.value))
+        return
+    out = destination.check(_OUT.value or hub.default_out(name), overwrite=_OVERWRITE.value)
+    plan = importer.plan_model(name, dtype=_DTYPE.value, revision=_REVISION.value)
+    print(importer.write(plan, out, overwrite=_OVERWRITE.value))
+
+
+if __name__ == "__main__":
+    door.run(main)

@@ -1,0 +1,53 @@
+"""Where output goes: a folder that appears whole or not at all, and never in the place of something else."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from convert.errors import ConvertError
+
+
+def check(out: str | Path, *, overwrite: bool, source: Path | None = None) -> Path:
+    """Returns `out` as a path that may be written.
+
+    Raises:
+      ConvertError: it exists and `overwrite` is false, it is no model that may be replaced, or `source` lies in it.
+    """
+    out = Path(out)
+    if source is not None and source.resolve().is_relative_to(out.resolve()):
+        raise ConvertError(f"{out}: the source {source} lies there; choose another folder")
+    if not out.exists():
+        return out
+    if not overwrite:
+        raise ConvertError(f"{out} exists; choose another folder or pass --overwrite")
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
+        raise ConvertError(
+            f"{out} is not a model folder and is not overwritten; remove it yourself"
+        )
+    return out
+
+
+def check_space(out: Path, nbytes: int) -> None:
+    """Raises ConvertError if the disk under `out` has less than `nbytes` free."""
+    parent = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(parent).free
+    if nbytes > free:
+        raise ConvertError(f"{out}: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
+
+
+@contextlib.contextmanager
+def fresh_folder(out: Path) -> Iterator[Path]:
+    """Gives an empty sibling of `out` to fill; it takes the name when the block ends well and is removed otherwise."""
+    partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if out.exists():
+            out.rename(old)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,26 @@
+"""Writes a model folder in somebody else's format.
+
+python -m convert.export --model=DIR --to=hf --out=PATH
+"""
+
+if __name__ != "__main__":
+    raise ImportError("convert.export is a function; this file is its command line")
+
+from absl import flags
+
+import convert
+from convert import door
+
+_MODEL = flags.DEFINE_string("model", None, "The model folder to read.")
+_TO = flags.DEFINE_enum("to", "hf", ["hf"], "hf: what transformers' from_pretrained opens.")
+_OUT = flags.DEFINE_string("out", None, "The folder to write.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replaces the folder --out.")
+
+
+def main() -> None:
+    if not _MODEL.value or not _OUT.value:
+        raise door.Usage("give --model=DIR and --out=PATH")
+    print(convert.export(_MODEL.value, to=_TO.value, out=_OUT.value, overwrite=_OVERWRITE.value))
+
+
+door.run(main)

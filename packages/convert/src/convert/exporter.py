@@ -1,0 +1,150 @@
+"""From a model folder to somebody else's format: the tables of `convert.tables` read from right to left."""
+
+import collections
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import destination, mapping, progress, tables
+from convert.errors import ConvertError
+from convert.sources import safetensors
+from core import axes, checkpoint
+from core.config import GPT2Config
+
+FORMATS = ("hf",)
+SHARD_BYTES = 5_000_000_000
+
+_CODES = {dtype.name: code for code, dtype in safetensors.DTYPES.items()}
+
+
+def export(
+    model: str | Path,
+    *,
+    to: str,
+    out: str | Path,
+    overwrite: bool,
+    shard_bytes: int = SHARD_BYTES,
+    quiet: bool | None = None,
+) -> Path:
+    """Writes the model folder `model` at `out`; see `convert.export`."""
+    if to not in FORMATS:
+        raise ConvertError(f"format {to!r} is not one of {', '.join(FORMATS)}")
+    model = Path(model)
+    out = destination.check(out, overwrite=overwrite, source=model)
+    try:
+        folder = checkpoint.open(model)
+        tensors = hf_tensors(folder.config, folder.tensors)
+        total = sum(array.nbytes for array in tensors.values())
+        destination.check_space(out, total)
+        with (
+            destination.fresh_folder(out) as fresh,
+            progress.bar("exporting", total, quiet) as advance,
+        ):
+            _write_weights(fresh, tensors, shard_bytes, advance)
+            _write_json(fresh / safetensors.CONFIG, _hf_config(folder.config, tensors))
+            for name in folder.manifest["files"]:
+                (fresh / name).write_bytes((model / name).read_bytes())
+    except (checkpoint.CheckpointError, OSError) as error:
+        raise ConvertError(str(error)) from error
+    return out
+
+
+def hf_tensors(config: GPT2Config, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns a model's parameters under Hugging Face's names and in its layouts, as views where possible.
+
+    A model without biases gets zeros for them, because GPT2LMHeadModel always has biases; it computes the same.
+    """
+    complete = dataclasses.replace(config, use_bias=True)
+    shapes = {name: axes.shape(word, config.axes) for name, word in complete.tensors().items()}
+    dtype = tensors["wte.embedding"].dtype
+    return {
+        move.source: axes.relayout(
+            tensors[move.target]
+            if move.target in tensors
+            else np.zeros(shapes[move.target], dtype),
+            axes.inverse(move.layout),
+            config.axes,
+        )
+        for move in mapping.moves(tables.HF[config.family], complete)
+    }
+
+
+def _hf_config(config: GPT2Config, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Returns config.json, with the type that most weights have as the type to load them in."""
+    kinds = collections.Counter(array.dtype.name for array in tensors.values())
+    return {**config.to_hf(), "dtype": kinds.most_common(1)[0][0]}
+
+
+def _write_weights(
+    folder: Path,
+    tensors: Mapping[str, np.ndarray],
+    shard_bytes: int,
+    on_bytes: Callable[[int], None],
+) -> None:
+    """Writes one file, or shards and their index where one file would pass `shard_bytes`."""
+    shards = _split(tensors, shard_bytes)
+    if len(shards) == 1:
+        _write_file(folder / safetensors.SINGLE, tensors, shards[0], on_bytes)
+        return
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        shard = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(folder / shard, tensors, names, on_bytes)
+        weight_map |= dict.fromkeys(names, shard)
+    total = sum(array.nbytes for array in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(folder / safetensors.INDEX, index)
+
+
+def _split(tensors: Mapping[str, np.ndarray], shard_bytes: int) -> list[list[str]]:
+    """Returns the names shard by shard: in order, and none above `shard_bytes` unless one tensor alone is."""
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for name, array in tensors.items():
+        if shards[-1] and array.nbytes > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= array.nbytes
+    return shards
+
+
+def _write_file(
+    path: Path,
+    tensors: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    on_bytes: Callable[[int], None],
+) -> None:
+    """Writes one safetensors file as the reference writer does: wide types first, then by name, header on 8 bytes.
+
+    Older transformers refuse a file whose metadata does not say "pt".
+    """
+    ordered = sorted(names, key=lambda name: (-tensors[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in ordered:
+        array = tensors[name]
+        begin, end = end, end + array.nbytes
+        header[name] = {
+            "dtype": _CODES[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in ordered:
+            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
+            on_bytes(tensors[name].nbytes)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,72 @@
+"""Is a model folder what its manifest says, and what its source holds: everything is hashed or derived again."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from convert import importer, progress
+from convert.errors import ConvertError
+from core import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was found to be in order."""
+
+    tensors: int
+    files: int
+    nbytes: int
+    against: str | None
+
+    def __str__(self) -> str:
+        same = f", equal to {self.against} bit for bit" if self.against else ""
+        return f"{self.tensors} tensors ({self.nbytes:,} bytes) and {self.files} files as in the manifest{same}"
+
+
+def verify(
+    model: str | Path, *, against: str | Path | None = None, quiet: bool | None = None
+) -> Report:
+    """Checks the model folder `model`; see `convert.verify`."""
+    try:
+        folder = checkpoint.open(model)
+    except checkpoint.CheckpointError as error:
+        raise ConvertError(str(error)) from error
+    plan = importer.plan_source(against) if against is not None else None
+    problems = list(_differing_files(folder))
+    if plan is not None and plan.match.config.to_dict() != folder.config.to_dict():
+        problems.append(f"config.json describes another model than {against}")
+    total = sum(array.nbytes for array in folder.tensors.values())
+    with progress.bar("verifying", total, quiet) as advance:
+        for name, array in folder.tensors.items():
+            if _sha256(array) != folder.manifest["tensors"][name]["sha256"]:
+                problems.append(f"{name} has another hash than in the manifest")
+            if plan is not None and not _holds(plan, name, array):
+                problems.append(f"{name} is not what {against} holds")
+            advance(array.nbytes)
+    if problems:
+        raise ConvertError(f"{model}: {len(problems)} differences", problems)
+    return Report(
+        len(folder.tensors), len(folder.manifest["files"]), total, str(against) if against else None
+    )
+
+
+def _differing_files(folder: checkpoint.ModelFolder) -> Iterator[str]:
+    for name, entry in folder.manifest["files"].items():
+        path = folder.path / name
+        if not path.is_file():
+            yield f"{name} is missing"
+        elif checkpoint.sha256(path) != entry["sha256"]:
+            yield f"{name} has another hash than in the manifest"
+
+
+def _holds(plan: importer.Plan, name: str, array: np.ndarray) -> bool:
+    """Tells whether the source gives just these bytes for parameter `name`, cast as it was cast."""
+    derived = plan.read(name, dtype=array.dtype.name) if name in plan.moves else None
+    return derived is not None and _sha256(derived) == _sha256(array)
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
