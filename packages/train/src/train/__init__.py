@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from train.config import TrainConfig as TrainConfig
     from train.loop import Result as Result
-    from train.loop import TrainError as TrainError
     from train.loop import run as run
+    from train.origin import TrainError as TrainError
 
 _HOMES = {
     "TrainConfig": "train.config",
     "Result": "train.loop",
-    "TrainError": "train.loop",
+    "TrainError": "train.origin",
     "run": "train.loop",
 }
 
-__all__ = ["Result", "TrainConfig", "TrainError", "run"]  # noqa: RUF022 - as _HOMES
+__all__ = ["Result", "TrainConfig", "TrainError", "run"]
 
 
 def __getattr__(name: str) -> Any:

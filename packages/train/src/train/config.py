@@ -1,0 +1,179 @@
+"""The run's configuration: nanoGPT's flat names and defaults, checked before anything is touched.
+
+A key that names something this trainer does not do yet is refused when it is set, never ignored.
+What the model's own config looks like is `core.config`'s business.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from core.config import ConfigError
+
+INIT_MODES = ("scratch", "resume", "auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything a training run can be told. Raises ConfigError naming every problem at once."""
+
+    # Where the run lives, how often it is looked at.
+    out_dir: str = "out"
+    overwrite: bool = False  # start again over an earlier run in out_dir
+    eval_interval: int = 2000
+    log_interval: int = 1
+    eval_iters: int = 200
+    eval_only: bool = False
+    always_save_checkpoint: bool = True  # else only when the validation loss improves
+    ckpt_interval: int = 0  # further checkpoints every so many iterations; 0 = at evaluations only
+    init_from: str = (
+        "scratch"  # scratch | resume | auto | gpt2[-medium|-large|-xl] | a model folder
+    )
+    wandb_log: bool = False
+    wandb_project: str = "owt"
+    wandb_run_name: str = "gpt2"
+
+    # Data. Sequences in one update = gradient_accumulation_steps * batch_size.
+    data_dir: str = "data"
+    dataset: str = "openwebtext"
+    gradient_accumulation_steps: int = 40
+    batch_size: int = 12
+    block_size: int = 1024
+    seed: int = 1337
+
+    # Model.
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = False
+
+    # AdamW and its learning rate: max_iters + 1 updates, as nanoGPT's loop makes them.
+    learning_rate: float = 6e-4
+    max_iters: int = 600_000
+    weight_decay: float = 1e-1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    grad_clip: float = 1.0  # global norm; 0 = no clipping
+    decay_lr: bool = True
+    warmup_iters: int = 2000
+    lr_decay_iters: int = 600_000
+    min_lr: float = 6e-5
+
+    # System.
+    backend: str = "nccl"
+    device: str = "auto"  # auto | cpu | cuda | cuda:N | tpu
+    dtype: str = "auto"  # auto | float32 | bfloat16; auto is bfloat16 except on the CPU
+    compile: bool = True  # False runs op by op, for debugging
+
+    def __post_init__(self) -> None:
+        problems = list(_wrong_types(self)) or list(_problems(self))
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """A config from a plain mapping; whole numbers are taken where a float is meant."""
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = [_unknown_key(key, list(known)) for key in values if key not in known]
+        if unknown:
+            raise ConfigError("; ".join(unknown))
+        floats = {name for name, field in known.items() if field.type is float}
+        checked: dict[str, Any] = {
+            key: float(value) if key in floats and _whole(value) else value
+            for key, value in values.items()
+        }
+        return cls(**checked)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.gradient_accumulation_steps * self.batch_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences_per_step * self.block_size
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f' Did you mean "{near[0]}"?' if near else f" Known keys: {', '.join(known)}."
+    return f'unknown config key "{key}".{hint}'
+
+
+def _wrong_types(config: TrainConfig) -> Iterator[str]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if type(value) is not field.type:
+            expected = getattr(field.type, "__name__", field.type)
+            yield f"{field.name}={value!r} is {type(value).__name__}, expected {expected}"
+
+
+_AT_LEAST = {
+    "eval_interval": 1,
+    "log_interval": 1,
+    "eval_iters": 1,
+    "ckpt_interval": 0,
+    "gradient_accumulation_steps": 1,
+    "batch_size": 1,
+    "block_size": 1,
+    "seed": 0,
+    "n_layer": 1,
+    "n_head": 1,
+    "n_embd": 1,
+    "learning_rate": 0,
+    "max_iters": 0,
+    "weight_decay": 0,
+    "grad_clip": 0,
+    "warmup_iters": 0,
+    "min_lr": 0,
+}
+
+
+def _problems(c: TrainConfig) -> Iterator[str]:
+    for name, least in _AT_LEAST.items():
+        if not getattr(c, name) >= least:  # "not >=" also catches nan
+            yield f"{name}={getattr(c, name)} must be at least {least}"
+    for name in ("dropout", "beta1", "beta2"):
+        if not 0 <= getattr(c, name) < 1:
+            yield f"{name}={getattr(c, name)} must be in [0, 1)"
+    if not c.eps > 0:
+        yield f"eps={c.eps} must be greater than 0"
+    if c.n_head > 0 and c.n_embd % c.n_head:
+        yield f"n_embd={c.n_embd} is not divisible by n_head={c.n_head}"
+    if c.decay_lr and c.lr_decay_iters <= c.warmup_iters:
+        yield f"lr_decay_iters={c.lr_decay_iters} must be greater than warmup_iters={c.warmup_iters}"
+    for name in ("out_dir", "dataset", "init_from"):
+        if not getattr(c, name):
+            yield f"{name} must not be empty"
+    yield from _not_honoured(c)
+
+
+def _not_honoured(c: TrainConfig) -> Iterator[str]:
+    """What nanoGPT's keys can ask for and this trainer cannot give (yet)."""
+    if c.wandb_log:
+        yield "wandb_log=True: Weights & Biases is not supported yet; metrics.jsonl is always written"
+    if c.backend not in ("nccl", "gloo"):
+        yield f"backend={c.backend!r}: expected 'nccl' or 'gloo' (read only by multi-process runs)"
+    if c.device == "mps":
+        yield "device='mps': jax has no backend for it here; use device='cpu'"
+    elif c.device not in ("auto", "cpu", "cuda", "tpu") and not _is_numbered_cuda(c.device):
+        yield f"device={c.device!r}: expected auto, cpu, cuda, cuda:N or tpu"
+    if c.dtype == "float16":
+        yield "dtype='float16' needs loss scaling, which is not supported yet; use bfloat16 or float32"
+    elif c.dtype not in ("auto", "float32", "bfloat16"):
+        yield f"dtype={c.dtype!r}: expected auto, float32 or bfloat16"
+
+
+def _is_numbered_cuda(device: str) -> bool:
+    name, _, index = device.partition(":")
+    return name == "cuda" and index.isdecimal()

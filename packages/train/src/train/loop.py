@@ -1,0 +1,346 @@
+"""The training loop: every effect of a run is here, around the pure `step.update`.
+
+At the top of iteration i the state has seen i updates. There the run may stop, evaluate and save, so whatever is saved
+continues with the very next update. `max_iters` counts as in nanoGPT, whose loop makes max_iters + 1 updates.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from core import checkpoint as model_folder
+from train import metrics, optimizer, step
+from train.checkpoint import Checkpoints, Device, Progress
+from train.config import TrainConfig
+from train.data import Dataset, open_dataset
+from train.evaluate import Evaluate, evaluator
+from train.metrics import MetricsLog, Throughput
+from train.origin import Origin, TrainError, begin
+from train.progress import Terminal
+
+METRICS_FILE = "metrics.jsonl"
+# In the order of removal: a folder with metrics.jsonl in it is a run.
+RUN_FILES = ("config.json", "checkpoints", "model", "loss.png", METRICS_FILE)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: updates made, its last evaluation, and the signal that cut it short, if one did.
+
+    `losses` has "val_loss" and "train_eval_loss", or nothing if a signal came before the first evaluation.
+    """
+
+    out_dir: Path
+    iteration: int
+    losses: dict[str, float]
+    best_val_loss: float
+    stopped_by: signal.Signals | None = None
+
+    @property
+    def model_dir(self) -> Path:
+        """The model folder with the best weights by validation loss."""
+        return self.out_dir / "model"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every row of metrics.jsonl."""
+        return metrics.read_rows(self.out_dir / METRICS_FILE)
+
+
+def run(config: TrainConfig, *, progress: bool = True) -> Result:
+    """Trains as `config` says, and returns how it ended; `progress` shows it on stderr.
+
+    Raises:
+      DataError: the data folder is missing or corrupt.
+      TrainError: `out_dir` holds another run, the weights do not fit, or the loss is no longer finite.
+      core.CheckpointError: the model folder to start from cannot be read.
+    """
+    dataset = open_dataset(Path(config.data_dir) / config.dataset, block_size=config.block_size)
+    device = find_device(config.device)
+    dtype = _dtype(config.dtype, device)
+    out_dir = Path(config.out_dir)
+    resumes = _check_out_dir(config, out_dir)
+    init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.default_device(device))
+        stack.enter_context(jax.disable_jit(not config.compile))
+        folder = out_dir / "checkpoints"
+        checkpoints = stack.enter_context(Checkpoints(folder)) if resumes else None
+        origin = begin(config, dataset, checkpoints, key=init_key, device=device)
+        evaluate = evaluator(origin.model, config, dataset, dtype)
+        if config.eval_only:
+            losses = evaluate(origin.state.params)
+            best = min(losses["val_loss"], origin.best_val_loss)
+            return Result(out_dir, origin.iteration, losses, best)
+        log = _open_out_dir(config, out_dir, origin.iteration if resumes else None)
+        stack.callback(log.close)
+        trainer = _Trainer(
+            config=config,
+            dataset=dataset,
+            origin=origin,
+            dropout_key=dropout_key,
+            evaluate=evaluate,
+            update=jax.jit(
+                functools.partial(step.update, model=origin.model, config=config, dtype=dtype),
+                donate_argnums=0,
+            ),
+            checkpoints=checkpoints or stack.enter_context(Checkpoints(folder)),
+            log=log,
+            terminal=stack.enter_context(
+                Terminal(first=origin.iteration, total=config.max_iters + 1, shown=progress)
+            ),
+            throughput=_throughput(config, origin, device),
+        )
+        trainer.say_facts(device, dtype)
+        return trainer.train()
+
+
+@dataclass(kw_only=True)
+class _Trainer:
+    """A run under way: the state, the best loss so far, and the update whose numbers have not been read yet."""
+
+    config: TrainConfig
+    dataset: Dataset
+    origin: Origin
+    dropout_key: jax.Array
+    evaluate: Evaluate
+    update: Callable[..., tuple[step.State, dict[str, jax.Array]]]
+    checkpoints: Checkpoints
+    log: MetricsLog
+    terminal: Terminal
+    throughput: Throughput
+    state: step.State = field(init=False)
+    best_val_loss: float = field(init=False)
+    losses: dict[str, float] = field(init=False)
+    pending: tuple[int, dict[str, jax.Array]] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.state, self.best_val_loss = self.origin.state, self.origin.best_val_loss
+        evaluations = [row for row in metrics.read_rows(self.log.path) if "val_loss" in row]
+        last = evaluations[-1] if evaluations else {}
+        self.losses = {name: loss for name, loss in last.items() if name != "iter"}
+
+    def say_facts(self, device: Device, dtype: Any) -> None:
+        c, model = self.config, self.origin.model.config
+        self.terminal.say(
+            f"{self.dataset.path}: {len(self.dataset.tokens['train']):,} training and "
+            f"{len(self.dataset.tokens['val']):,} validation tokens, vocabulary {model.vocab_size:,}"
+        )
+        self.terminal.say(
+            f"{model.parameter_count / 1e6:.2f}M parameters from {self.origin.description}; "
+            f"{jnp.dtype(dtype).name} on {device.device_kind}"
+        )
+        self.terminal.say(
+            f"an update is {c.gradient_accumulation_steps} x {c.batch_size} sequences of "
+            f"{c.block_size} = {c.tokens_per_step:,} tokens; out_dir {c.out_dir}"
+        )
+
+    def train(self) -> Result:
+        first, last = self.origin.iteration, self.config.max_iters
+        with _stop_signals() as stops:
+            for iteration in range(first, last + 1):
+                if stops:
+                    return self.end(iteration, stopped_by=stops[0])
+                if iteration % self.config.eval_interval == 0 or iteration == last:
+                    self.look(iteration)
+                elif self.config.ckpt_interval and iteration % self.config.ckpt_interval == 0:
+                    self.read_pending()
+                    self.save(iteration)
+                self.advance(iteration)
+            return self.end(max(first, last + 1))
+
+    def advance(self, iteration: int) -> None:
+        """Starts update number `iteration`, then reads the one before: the device never waits for the host."""
+        c = self.config
+        tokens_RS = self.dataset.batch(
+            "train",
+            seed=c.seed,
+            step=iteration,
+            rows=c.sequences_per_step,
+            length=c.block_size + 1,
+        )
+        tokens_ABS = tokens_RS.reshape(c.gradient_accumulation_steps, c.batch_size, -1)
+        rate = np.float32(optimizer.learning_rate(c, iteration))
+        key = jax.random.fold_in(self.dropout_key, iteration) if c.dropout else None
+        self.state, numbers = self.update(self.state, tokens_ABS, rate, key)
+        self.read_pending()
+        self.pending = iteration, numbers
+
+    def read_pending(self) -> None:
+        """Waits for the update that was started last, stops the run if it went wrong, and logs it."""
+        if self.pending is None:
+            return
+        (iteration, numbers), self.pending = self.pending, None
+        losses = {name: float(numbers[name]) for name in ("train_loss", "grad_norm")}
+        speed = self.throughput.lap()
+        self.check_finite(iteration, losses)
+        row = {
+            "iter": iteration,
+            "train_loss": losses["train_loss"],
+            "lr": optimizer.learning_rate(self.config, iteration),
+            "grad_norm": losses["grad_norm"],
+            **speed,
+        }
+        if iteration % self.config.log_interval == 0:
+            self.log.write(row)
+        self.terminal.row(row)
+
+    def look(self, iteration: int) -> None:
+        """Evaluates; keeps the model if it is the best so far, and the state if that is to be kept."""
+        self.read_pending()
+        losses = self.evaluate(self.state.params)
+        self.check_finite(iteration, losses)
+        self.losses = losses
+        row = {"iter": iteration, **losses}
+        self.log.write(row)
+        self.terminal.row(row)
+        improved = losses["val_loss"] < self.best_val_loss
+        if improved:
+            self.best_val_loss = losses["val_loss"]
+            self.save_model(row)
+        if iteration > 0 and (improved or self.config.always_save_checkpoint):
+            self.save(iteration, val_loss=losses["val_loss"])
+        self.throughput.restart()
+
+    def save(self, iteration: int, *, val_loss: float | None = None) -> None:
+        progress = Progress(
+            model=self.origin.model.config.to_dict(), best_val_loss=self.best_val_loss
+        )
+        self.checkpoints.save(iteration, self.state, progress, val_loss=val_loss)
+
+    def save_model(self, row: metrics.Row) -> None:
+        """Writes the model folder, before the checkpoint of the same iteration: what is resumed from has its model."""
+        model_folder.save(
+            Path(self.config.out_dir) / "model",
+            self.origin.model.config,
+            self.state.params,
+            tokenizer=self.dataset.tokenizer,
+            source={"trained_on": str(self.dataset.path), **row},
+            overwrite=True,
+        )
+
+    def check_finite(self, iteration: int, numbers: dict[str, float]) -> None:
+        bad = [f"{name} is {x}" for name, x in numbers.items() if not math.isfinite(x)]
+        if bad:
+            latest = self.checkpoints.latest()
+            good = "none was written yet" if latest is None else self.checkpoints.path(latest)
+            raise TrainError(
+                f"iteration {iteration}: {' and '.join(bad)}; stopped. Last good checkpoint: {good}. "
+                "Try a lower learning_rate, a longer warmup_iters or grad_clip=1.0"
+            )
+
+    def end(self, iteration: int, stopped_by: signal.Signals | None = None) -> Result:
+        self.read_pending()
+        if iteration > self.origin.iteration:
+            self.save(iteration)
+        out_dir = Path(self.config.out_dir)
+        metrics.plot(metrics.read_rows(self.log.path), out_dir / "loss.png")
+        return Result(out_dir, iteration, self.losses, self.best_val_loss, stopped_by)
+
+
+def find_device(name: str) -> Device:
+    """The device that nanoGPT's `device` key names; auto is jax's own choice."""
+    platform, _, index = name.partition(":")
+    try:
+        devices = jax.devices(None if platform == "auto" else platform)
+    except RuntimeError:
+        devices = []
+    if int(index or 0) >= len(devices):
+        seen = ", ".join(map(str, jax.devices()))
+        raise TrainError(f"device={name}: not there; jax sees {seen}. Use device=auto")
+    return devices[int(index or 0)]
+
+
+def _dtype(name: str, device: Device) -> Any:
+    """The dtype of the products; auto as nanoGPT, which computes in float32 on a CPU."""
+    if name == "auto":
+        name = "float32" if device.platform == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def _throughput(config: TrainConfig, origin: Origin, device: Device) -> Throughput:
+    model = origin.model.config
+    flops = metrics.flops_per_token(
+        parameters=model.parameter_count,
+        layers=model.n_layer,
+        width=model.n_embd,
+        positions=model.n_positions,
+        block_size=config.block_size,
+    )
+    return Throughput(config.tokens_per_step, flops, metrics.peak_flops(device.device_kind))
+
+
+def _check_out_dir(config: TrainConfig, out_dir: Path) -> bool:
+    """Returns whether the run in `out_dir` is to be resumed; refuses to harm what is there."""
+    found = [name for name in RUN_FILES if (out_dir / name).exists()]
+    if found and METRICS_FILE not in found:
+        raise TrainError(
+            f"{out_dir}: has {found[0]} but no {METRICS_FILE}, so it is not a training run's; "
+            "choose another out_dir"
+        )
+    if config.init_from in ("resume", "auto"):
+        folder = out_dir / "checkpoints"
+        if folder.is_dir() and Checkpoints(folder).latest() is not None:
+            return True
+        if config.init_from == "resume":
+            raise TrainError(
+                f"{folder}: no checkpoint to resume from; use init_from=scratch or auto"
+            )
+    elif found and not config.overwrite and not config.eval_only:
+        raise TrainError(
+            f"{out_dir}: holds an earlier run; continue it with init_from=auto, "
+            "replace it with overwrite=True, or choose another out_dir"
+        )
+    return False
+
+
+def _open_out_dir(config: TrainConfig, out_dir: Path, resume_at: int | None) -> MetricsLog:
+    """Makes `out_dir` ready, empty unless resuming; metrics.jsonl comes first, as the mark of a run."""
+    if resume_at is None:
+        for path in (out_dir / name for name in RUN_FILES):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    log = MetricsLog(out_dir / METRICS_FILE, resume_at=resume_at)
+    temporary = out_dir / "config.json.tmp"
+    temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    temporary.replace(out_dir / "config.json")
+    return log
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[signal.Signals]]:
+    """Collects SIGTERM and SIGINT, so that the loop can save and leave; a second one takes effect at once."""
+    received: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # Python delivers signals to the main thread only
+        return
+    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore() -> None:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+    def receive(number: int, _: object) -> None:
+        received.append(signal.Signals(number))
+        restore()
+
+    for number in former:
+        signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        restore()

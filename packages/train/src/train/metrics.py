@@ -1,0 +1,106 @@
+"""What a run says about itself: rows of metrics.jsonl, throughput, and the loss curve."""
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+# Dense bfloat16 peaks in FLOP/s by jax's device_kind (vendors' data sheets; the sparse figures are twice these).
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+Row = Mapping[str, Any]
+
+
+class MetricsLog:
+    """The file metrics.jsonl, one JSON object a line, in the order of the iterations."""
+
+    def __init__(self, path: Path, *, resume_at: int | None = None):
+        """Opens `path` for appending; `resume_at` drops the rows that the resumed run will write again."""
+        kept = [] if resume_at is None else [r for r in read_rows(path) if r["iter"] < resume_at]
+        self.path = path
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(_line(row) for row in kept))
+        temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: Row) -> None:
+        self._file.write(_line(row))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row) + "\n"
+
+
+def flops_per_token(
+    *, parameters: int, layers: int, width: int, positions: int, block_size: int
+) -> int:
+    """6 a parameter, positions aside, and 12*L*D*T for attention, not halved for the mask: the count of nanoGPT."""
+    return 6 * (parameters - positions * width) + 12 * layers * width * block_size
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """The device's dense bfloat16 peak, or None for a device we have no figure for."""
+    return next((f for name, f in PEAK_FLOPS.items() if device_kind.startswith(name)), None)
+
+
+class Throughput:
+    """A stopwatch for updates of a known size."""
+
+    def __init__(self, tokens_per_step: int, flops_per_token: int, peak: float | None):
+        self._tokens, self._flops, self._peak = tokens_per_step, flops_per_token, peak
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts the lap anew, after something that is not an update."""
+        self._start = time.perf_counter()
+
+    def lap(self) -> dict[str, float | None]:
+        """Ends a lap of one update; mfu is the share of the device's peak, None where that is unknown."""
+        now = time.perf_counter()
+        tokens_per_s = self._tokens / (now - self._start)
+        self._start = now
+        mfu = None if self._peak is None else tokens_per_s * self._flops / self._peak
+        return {"tokens_per_s": tokens_per_s, "mfu": mfu}
+
+
+def plot(rows: Iterable[Row], path: Path) -> None:
+    """Writes the loss curve as a PNG."""
+    from matplotlib.figure import Figure
+
+    rows = list(rows)
+    axes = (figure := Figure(figsize=(8, 5), layout="tight")).subplots()
+    for key, style in (("train_loss", "-"), ("train_eval_loss", ".--"), ("val_loss", "o-")):
+        points = [(row["iter"], row[key]) for row in rows if key in row]
+        if points:
+            faint = 0.4 if key == "train_loss" else 1.0
+            axes.plot(*zip(*points, strict=True), style, label=key, alpha=faint)
+    axes.set(xlabel="iteration", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.replace(path)

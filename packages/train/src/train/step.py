@@ -1,0 +1,72 @@
+"""One update, as a pure function: tokens and state in, state and numbers out. `loop` does the effects around it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from core.losses import Batch, loss
+from core.models import Model, Params
+from train import optimizer
+from train.config import TrainConfig
+
+
+class State(NamedTuple):
+    """What an update changes. The iteration is not in it: it belongs to the loop, with the data and the schedule."""
+
+    params: Params
+    opt_state: optax.OptState
+
+
+def initial_state(params: Params, config: TrainConfig) -> State:
+    return State(params, optimizer.adamw(config).init(params))
+
+
+def update(
+    state: State,
+    tokens_ABS: jax.Array,
+    learning_rate: jax.Array,
+    dropout_key: jax.Array | None,
+    *,
+    model: Model,
+    config: TrainConfig,
+    dtype: Any,
+) -> tuple[State, dict[str, jax.Array]]:
+    """Returns the next state, the mean loss over all sequences, and the gradient's norm before clipping.
+
+    tokens_ABS holds A micro-batches of B sequences of S = block_size + 1 ids; A makes one update, whatever its size.
+    """
+    mean_loss, grads = gradients(state.params, tokens_ABS, dropout_key, model=model, dtype=dtype)
+    grads, norm = optimizer.clip(grads, config.grad_clip)
+    updates, opt_state = optimizer.adamw(config).update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+    return State(params, opt_state), {"train_loss": mean_loss, "grad_norm": norm}
+
+
+def gradients(
+    params: Params, tokens_ABS: jax.Array, key: jax.Array | None, *, model: Model, dtype: Any
+) -> tuple[jax.Array, Params]:
+    """Returns the loss and its gradient, each the mean over the A micro-batches, one in memory at a time."""
+
+    def of_micro_batch(index: jax.Array, tokens_BS: jax.Array) -> tuple[jax.Array, Params]:
+        dropout_key = None if key is None else jax.random.fold_in(key, index)
+        return jax.value_and_grad(loss)(
+            params, model, next_tokens(tokens_BS), dropout_key=dropout_key, dtype=dtype
+        )
+
+    A = tokens_ABS.shape[0]
+    if A == 1:  # no loop, no second copy of the gradients
+        return of_micro_batch(jnp.int32(0), tokens_ABS[0])
+    zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
+    total, _ = jax.lax.scan(
+        lambda total, xs: (jax.tree.map(jnp.add, total, of_micro_batch(*xs)), None),
+        zeros,
+        (jnp.arange(A), tokens_ABS),
+    )
+    return jax.tree.map(lambda x: x / A, total)
+
+
+def next_tokens(tokens_BS: jax.Array) -> Batch:
+    """Splits windows of S ids into S - 1 inputs and the ids that follow them."""
+    return Batch(tokens_BS[:, :-1], tokens_BS[:, 1:])
