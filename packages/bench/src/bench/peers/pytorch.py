@@ -23,6 +23,7 @@ class PyTorch:
         self.device = torch.device(device)
         torch.set_num_threads(threads)
         transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
 
     def hello(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,121 @@
+"""The plot: how many times as fast flaxmill is, by workload and peer, on a scale where twice and half are even."""
+
+import dataclasses
+import io
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+
+from bench.comparison import Spread
+
+COLOURS = ("#33658a", "#f0a04b", "#6a994e", "#a06cb0", "#bc4749", "#7d7d7d")
+INK, FAINT, GRID = "#222222", "#777777", "#e4e4e4"
+TICKS = (0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 1, 1.25, 1.5, 2, 3, 4, 6, 10, 20, 50, 100, 1000)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """One comparison; where there is no `speedup`, `note` is written in its place."""
+
+    workload: str
+    peer: str
+    speedup: Spread | None = None
+    note: str = ""
+
+
+def png(title: str, subtitle: str, bars: Sequence[Bar]) -> bytes:
+    """Returns the picture, bars from top to bottom in the order given, those of one workload together."""
+    peers = list(dict.fromkeys(bar.peer for bar in bars))
+    colours = {peer: COLOURS[i % len(COLOURS)] for i, peer in enumerate(peers)}
+    places = _places(bars)
+    lines = 1 + subtitle.count("\n")
+    height = 1.5 + 0.16 * lines + 0.32 * (1 + max(places, default=0))
+    figure = Figure(figsize=(10, height), dpi=120)
+    top = 1 - (0.75 + 0.16 * lines) / height
+    axes = figure.add_axes((0.2, 0.55 / height, 0.77, top - 0.55 / height))
+    for bar, y in zip(bars, places, strict=True):
+        _draw(axes, y, bar, colours[bar.peer])
+    _dress(axes, bars, places)
+    handles = [
+        axes.barh(0, 0, color=colour, label=f"against {peer}") for peer, colour in colours.items()
+    ]
+    figure.text(0.015, 1 - 0.12 / height, title, va="top", fontsize=14, weight="bold", color=INK)
+    figure.text(0.015, 1 - 0.42 / height, subtitle, va="top", fontsize=8, color=FAINT)
+    if handles:
+        figure.legend(handles=handles, loc="upper right", ncols=1, frameon=False, fontsize=9)
+    return _encoded(figure)
+
+
+def _places(bars: Sequence[Bar]) -> list[float]:
+    """Returns each bar's y: a step down for a peer, a larger one for the next workload."""
+    places: list[float] = []
+    for i, bar in enumerate(bars):
+        step = 0.0 if i == 0 else 0.8 if bars[i - 1].workload == bar.workload else 1.4
+        places.append((places[-1] if places else 0.0) + step)
+    return places
+
+
+def _draw(axes: Axes, y: float, bar: Bar, colour: str) -> None:
+    """Draws a bar from 1 to the ratio, the middle half of the pairwise ratios as a whisker, and the figure."""
+    if bar.speedup is None:
+        axes.annotate(
+            bar.note,
+            (1, y),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            size=8,
+            color=FAINT,
+            style="italic",
+        )
+        return
+    found = bar.speedup
+    axes.barh(y, found.value - 1, left=1, height=0.68, color=colour)
+    axes.plot([found.low, found.high], [y, y], color=INK, linewidth=1.3, solid_capstyle="butt")
+    is_faster = found.value >= 1
+    axes.annotate(
+        f"{found.value:.2f}x",
+        (max(found.value, found.high) if is_faster else min(found.value, found.low), y),
+        (5 if is_faster else -5, 0),
+        textcoords="offset points",
+        ha="left" if is_faster else "right",
+        va="center",
+        fontsize=9,
+        color=INK,
+    )
+
+
+def _dress(axes: Axes, bars: Sequence[Bar], places: Sequence[float]) -> None:
+    found = [bar.speedup for bar in bars if bar.speedup]
+    low = min((s.low for s in found), default=1.0)
+    high = max((s.high for s in found), default=1.0)
+    axes.set_xscale("log")
+    axes.set_xlim(min(0.75, low / 1.25), max(1.6, high * 1.25))
+    axes.set_ylim(max(places, default=0) + 0.8, -0.8)
+    middles = {
+        w: [y for b, y in zip(bars, places, strict=True) if b.workload == w]
+        for w in dict.fromkeys(bar.workload for bar in bars)
+    }
+    axes.set_yticks([sum(ys) / len(ys) for ys in middles.values()], list(middles))
+    shown = [t for t in TICKS if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
+    axes.set_xticks(shown)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(axis="x", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.axvline(1, color=INK, linewidth=1)
+    axes.set_xlabel(
+        "slower   |   flaxmill is so many times as fast   |   faster", fontsize=9, color=FAINT
+    )
+    axes.tick_params(length=0, labelsize=9, colors=INK)
+    axes.spines[:].set_visible(False)
+
+
+def _encoded(figure: Figure) -> bytes:
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image)
+    return image.getvalue()

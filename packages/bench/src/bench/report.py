@@ -1,0 +1,308 @@
+"""What a run found, as a table on the terminal, JSON with every sample, Markdown and a plot.
+
+All four are drawn from one `Report`; nothing is computed here that is not in results.json too.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bench import comparison, gate, machine, plot
+from bench.driver import Row
+from bench.peers.contestants import OURS
+from bench.workloads import Workload
+
+COLUMNS = (
+    "contestant",
+    "median",
+    "middle half",
+    "flaxmill is",
+    "of the limit",
+    "first call",
+    "agrees",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """One run of the benchmark. `ceilings` and `versions` are by contestant; `date` is ISO 8601, UTC."""
+
+    suite: str
+    command: str
+    date: str
+    machine: dict[str, Any]
+    versions: dict[str, dict[str, str]]
+    ceilings: dict[str, dict[str, float]]
+    rows: Sequence[Row]
+    verdicts: Sequence[gate.Verdict]
+
+    @property
+    def failures(self) -> list[str]:
+        """What must make the command fail, a line each: disagreements, whatever of ours broke, the gate."""
+        broken = [
+            f"{row.workload.name}: {row.contestant} {row.status}: {row.reason}"
+            for row in self.rows
+            if row.status == "wrong" or (row.contestant == OURS and row.status == "failed")
+        ]
+        slow = [
+            f"{verdict.workload}: {_times(verdict.speedup)} as fast as {verdict.threshold.against}, "
+            f"at least {verdict.threshold.at_least:g}x is asked for"
+            for verdict in self.verdicts
+            if verdict.outcome == "failed" and verdict.speedup
+        ]
+        return broken + slow
+
+    def ceiling(self, name: str) -> float | None:
+        """Returns the best rate that anyone reached."""
+        return max((rates[name] for rates in self.ceilings.values()), default=None)
+
+    def speedup(self, row: Row) -> comparison.Spread | None:
+        """Returns how many times as fast as this row's contestant we are; None where there is no such figure."""
+        ours = next(
+            (r for r in self.rows if r.workload == row.workload and r.contestant == OURS), None
+        )
+        if ours is None or row is ours or "measured" not in (ours.status, row.status):
+            return None
+        if ours.status != row.status:
+            return None
+        return comparison.speedup(ours.samples, row.samples)
+
+    def share_of_limit(self, row: Row) -> float | None:
+        """Returns the least time this machine needs for the workload as a share of the time taken."""
+        flops, read = self.ceiling("gemm_flops_per_s"), self.ceiling("read_bytes_per_s")
+        if row.status != "measured" or not flops or not read:
+            return None
+        floor_s = row.workload.floor_s(flops_per_s=flops, bytes_per_s=read)
+        return floor_s and floor_s / comparison.spread(row.samples).value
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schema": 1,
+            "suite": self.suite,
+            "command": self.command,
+            "date": self.date,
+            "machine": self.machine,
+            "versions": self.versions,
+            "ceilings": self.ceilings,
+            "rows": [self._row(row) for row in self.rows],
+            "gate": [dataclasses.asdict(verdict) for verdict in self.verdicts],
+        }
+
+    def _row(self, row: Row) -> dict[str, Any]:
+        speedup = self.speedup(row)
+        return {
+            **dataclasses.asdict(row),
+            "unit": row.workload.unit,
+            "counts": row.workload.counts,
+            "figure": dataclasses.asdict(figure(row)) if row.turns else None,
+            "speedup": dataclasses.asdict(speedup) if speedup else None,
+            "share_of_limit": self.share_of_limit(row),
+        }
+
+
+def figure(row: Row) -> comparison.Spread:
+    """Returns the row's samples in the workload's unit."""
+    return comparison.spread([row.workload.figure(s) for s in row.samples])
+
+
+def write(report: Report, out: Path) -> list[Path]:
+    """Writes results.json, results.md and results.png to the folder `out`, and returns their paths."""
+    results = json.dumps(report.to_dict(), indent=1) + "\n"
+    return [
+        _replace(out / "results.json", results.encode()),
+        _replace(out / "results.md", markdown(report).encode()),
+        _replace(out / "results.png", picture(report)),
+    ]
+
+
+def _replace(path: Path, content: bytes) -> Path:
+    """Writes under another name first, so that a reader sees the old results or the new ones."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    return partial.replace(path)
+
+
+def show(report: Report) -> None:
+    """Prints the table, what did not run and why, and the gate's verdict to stdout."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    table = Table(title=_headline(report), title_justify="left", header_style="bold")
+    for i, name in enumerate(("workload", *COLUMNS)):
+        table.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
+    for workload, rows in _by_workload(report):
+        for row in rows:
+            cells = _cells(report, row)
+            first = row is rows[0]
+            table.add_row(
+                workload.name if first else "",
+                *(
+                    Text(cell, style=_style(report, row, name))
+                    for name, cell in zip(COLUMNS, cells, strict=True)
+                ),
+                end_section=row is rows[-1],
+            )
+    console.print(table)
+    for line in (*_limits(report), *_remarks(report), *_verdict(report)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _style(report: Report, row: Row, column: str) -> str:
+    if row.status != "measured":
+        return "red" if row.status == "wrong" else "dim"
+    speedup = report.speedup(row)
+    if column == "flaxmill is" and speedup:
+        # A colour only where every pair of turns says the same.
+        return "green" if speedup.minimum > 1 else "red" if speedup.maximum < 1 else ""
+    return "bold" if row.contestant == OURS and column in ("contestant", "median") else ""
+
+
+def markdown(report: Report) -> str:
+    """Returns the page that can be read without running anything."""
+    lines = [
+        f"# bench, suite {report.suite}",
+        "",
+        f"`{report.command}`, {report.date}",
+        "",
+        *(f"- {line}" for line in _circumstances(report)),
+        "",
+        "![How many times as fast as its peers flaxmill is](results.png)",
+        "",
+        "| workload | " + " | ".join(COLUMNS) + " |",
+        "|---|---|" + "---:|" * (len(COLUMNS) - 1),
+    ]
+    for workload, rows in _by_workload(report):
+        for row in rows:
+            name = f"**{workload.name}**: {workload.counts}" if row is rows[0] else ""
+            lines.append(" | ".join((f"| {name}", *_cells(report, row))) + " |")
+    lines += [
+        "",
+        *(f"{line}  " for line in (*_limits(report), *_remarks(report), *_verdict(report))),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def picture(report: Report) -> bytes:
+    """Returns the plot as a PNG."""
+    bars = [
+        plot.Bar(row.workload.name, row.contestant, report.speedup(row), _absence(report, row))
+        for row in report.rows
+        if row.contestant != OURS
+    ]
+    subtitle = "\n".join((f"{report.command}, {report.date}", *_circumstances(report)))
+    return plot.png("flaxmill and its peers", subtitle, bars)
+
+
+def _absence(report: Report, row: Row) -> str:
+    """Says why `row` has no bar."""
+    return row.status if row.status != "measured" else f"{OURS} has no figure"
+
+
+def _by_workload(report: Report) -> list[tuple[Workload, list[Row]]]:
+    workloads = dict.fromkeys(row.workload for row in report.rows)
+    return [(w, [row for row in report.rows if row.workload == w]) for w in workloads]
+
+
+def _cells(report: Report, row: Row) -> tuple[str, ...]:
+    if row.status != "measured":
+        return (row.contestant, row.status, "", "", "", "", "")
+    found, speedup = figure(row), report.speedup(row)
+    share = report.share_of_limit(row)
+    return (
+        row.contestant,
+        f"{_short(found.value)} {row.workload.unit}",
+        f"{_short(found.low)} - {_short(found.high)}",
+        f"{_times(speedup)} ({speedup.low:.2f} - {speedup.high:.2f})" if speedup else "",
+        f"{share:.0%}" if share else "",
+        f"{row.first_call_s:.2f} s" if row.first_call_s is not None else "",
+        f"to {row.difference:.0e}"
+        if row.difference
+        else "exactly"
+        if row.contestant != OURS
+        else "",
+    )
+
+
+def _short(number: float) -> str:
+    """Returns three significant digits, without an exponent.
+
+    >>> _short(1234.5), _short(12.345), _short(0.012345)
+    ('1,234', '12.3', '0.0123')
+    """
+    if number >= 100:
+        return f"{number:,.0f}"
+    return f"{number:.3g}"
+
+
+def _times(speedup: comparison.Spread | None) -> str:
+    return f"{speedup.value:.2f}x" if speedup else ""
+
+
+def _headline(report: Report) -> str:
+    return f"{report.command}\n" + "\n".join(_circumstances(report))
+
+
+def _circumstances(report: Report) -> list[str]:
+    facts = report.machine
+    lines = [
+        f"{facts['cpu']}, {facts['threads']} threads for everyone, {facts['memory_gib']:g} GiB, "
+        f"{facts['system']}, Python {facts['python']}",
+        ", ".join(f"{name} {version}" for name, version in _versions(report).items()),
+    ]
+    if facts["busy_before"] > machine.BUSY:
+        lines.append(
+            f"THE MACHINE WAS BUSY: others used {facts['busy_before']:.0%} of its cores before the start, so the "
+            "figures are not to be trusted"
+        )
+    return [line for line in lines if line]
+
+
+def _versions(report: Report) -> dict[str, str]:
+    return {name: version for found in report.versions.values() for name, version in found.items()}
+
+
+def _limits(report: Report) -> list[str]:
+    flops, read = report.ceiling("gemm_flops_per_s"), report.ceiling("read_bytes_per_s")
+    if not flops or not read:
+        return []
+    return [
+        f"limits measured in this run: {flops / 1e9:.0f} GFLOP/s in float32 products, {read / 1e9:.0f} GB/s from memory"
+    ]
+
+
+def _remarks(report: Report) -> list[str]:
+    """Returns a line for each reason why a contestant has no figures, with the workloads it holds for."""
+    workloads: dict[tuple[str, str, str], list[str]] = {}
+    for row in report.rows:
+        if row.status != "measured":
+            workloads.setdefault((row.contestant, row.status, row.reason), []).append(
+                row.workload.name
+            )
+    return [
+        f"{contestant} {status}: {reason} [{', '.join(names)}]"
+        for (contestant, status, reason), names in workloads.items()
+    ]
+
+
+def _verdict(report: Report) -> list[str]:
+    outcomes = [verdict.outcome for verdict in report.verdicts]
+    counts = {outcome: outcomes.count(outcome) for outcome in dict.fromkeys(outcomes)}
+    if not counts:
+        return []
+    lines = ["gate: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items())]
+    for verdict in report.verdicts:
+        found = verdict.speedup
+        asked = f"{verdict.threshold.at_least:g}x of {verdict.threshold.against}"
+        if verdict.outcome == "not judged":
+            lines.append(f"gate: {verdict.workload} not judged: {verdict.reason}")
+        elif verdict.outcome != "passed" and found:
+            lines.append(
+                f"gate: {verdict.workload} {verdict.outcome}: {found.value:.2f}x "
+                f"({found.minimum:.2f} - {found.maximum:.2f}), asked for {asked}"
+            )
+    return lines

@@ -1,0 +1,108 @@
+"""One run of the benchmark from the choice of workloads to the files in the output folder."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench import driver, gate, machine, report
+from bench.driver import Field, Row
+from bench.peers.contestants import Contestant, contestants, environment
+from bench.peers.process import WorkerError
+from bench.workloads import Workload
+
+
+class BenchError(Exception):
+    """The benchmark cannot begin; the text says why and what to do."""
+
+
+def run(
+    workloads: Sequence[Workload], *, suite: str, command: str, date: str, out: Path
+) -> tuple[list[str], list[Path]]:
+    """Measures, prints the table to stdout and writes the results to `out`.
+
+    Returns what must make the command fail, a line each, and the files written.
+
+    Raises:
+      BenchError: no GPU for the suite "gpu".
+      gate.GateError: thresholds that cannot be meant.
+      OSError: `out` cannot be written.
+    """
+    device = "cuda" if suite == "gpu" else "cpu"
+    thresholds = gate.load() if device == "cpu" else ()
+    logs = out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    for log in logs.glob("*.log"):
+        log.unlink()
+    facts = machine.describe()
+    everyone = contestants(device=device, threads=machine.threads())
+    with tempfile.TemporaryDirectory(prefix="flaxmill-bench-") as folder, _progress() as show:
+        scratch = Path(folder)
+        env = environment(os.environ, device=device, threads=machine.threads(), scratch=scratch)
+        with Field(everyone, env=env, scratch=scratch, logs=logs) as field:
+            if device == "cuda":
+                _require_gpu(field, everyone[0])
+            ceilings = driver.ceilings(field)
+            rows = _rows(field, workloads, show)
+    found = report.Report(
+        suite=suite,
+        command=command,
+        date=date,
+        machine=facts,
+        versions={name: hello["versions"] for name, hello in field.hellos.items()},
+        ceilings=ceilings,
+        rows=rows,
+        verdicts=gate.judge(rows, thresholds),
+    )
+    paths = report.write(found, out)
+    report.show(found)
+    return found.failures, paths
+
+
+def _require_gpu(field: Field, ours: Contestant) -> None:
+    try:
+        device = field.ask(ours, "hello")["device"]
+    except WorkerError as error:
+        raise BenchError(f"--suite=gpu: {error}") from error
+    if device != "gpu":
+        raise BenchError(
+            f"--suite=gpu: JAX sees no GPU here, only {device!r}; install JAX's CUDA plug-in or take --suite=full"
+        )
+
+
+def _rows(
+    field: Field, workloads: Sequence[Workload], show: Callable[[int, str], None]
+) -> list[Row]:
+    total = sum(driver.steps(field, workload) for workload in workloads)
+    rows: list[Row] = []
+    for workload in workloads:
+        name = workload.name
+        rows += driver.measure(
+            field, workload, lambda who, name=name: show(total, f"{name}: {who}")
+        )
+    return rows
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, str], None]]:
+    """Gives a function that moves a bar on stderr by one step; silent where stderr is no terminal."""
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, transient=True
+    ) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def show(total: int, doing: str) -> None:
+            bar.update(task, total=total, description=doing, advance=1)
+
+        yield show
