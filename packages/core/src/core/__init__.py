@@ -10,14 +10,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from core.checkpoint import CheckpointError as CheckpointError
     from core.config import PRESETS as PRESETS
-    from core.config import ConfigError as ConfigError
     from core.config import GPT2Config as GPT2Config
     from core.engine import Completion as Completion
     from core.engine import Engine as Engine
     from core.engine import Request as Request
-    from core.engine import RequestError as RequestError
+    from core.errors import CheckpointError as CheckpointError
+    from core.errors import ConfigError as ConfigError
+    from core.errors import FlaxmillError as FlaxmillError
+    from core.errors import RequestError as RequestError
+    from core.errors import SamplingError as SamplingError
+    from core.errors import TokenizerError as TokenizerError
     from core.losses import Batch as Batch
     from core.losses import cross_entropy as cross_entropy
     from core.losses import loss as loss
@@ -25,19 +28,18 @@ if TYPE_CHECKING:
     from core.models import build as build
     from core.models import load as load
     from core.sampling import Sampling as Sampling
-    from core.sampling import SamplingError as SamplingError
     from core.tokenizer import Tokenizer as Tokenizer
-    from core.tokenizer import TokenizerError as TokenizerError
 
 _MODULE_OF = {
-    "CheckpointError": "checkpoint",
+    "CheckpointError": "errors",
     "PRESETS": "config",
-    "ConfigError": "config",
+    "ConfigError": "errors",
     "GPT2Config": "config",
     "Completion": "engine",
     "Engine": "engine",
     "Request": "engine",
-    "RequestError": "engine",
+    "RequestError": "errors",
+    "FlaxmillError": "errors",
     "load": "models",
     "Batch": "losses",
     "cross_entropy": "losses",
@@ -45,9 +47,9 @@ _MODULE_OF = {
     "Model": "models",
     "build": "models",
     "Sampling": "sampling",
-    "SamplingError": "sampling",
+    "SamplingError": "errors",
     "Tokenizer": "tokenizer",
-    "TokenizerError": "tokenizer",
+    "TokenizerError": "errors",
 }
 
 

@@ -29,7 +29,9 @@ from flax import traverse_util
 
 from core import axes
 from core import config as config_lib
-from core.config import ConfigError, GPT2Config
+from core.config import GPT2Config
+from core.errors import CheckpointError as CheckpointError
+from core.errors import ConfigError
 from core.tokenizer import Tokenizer
 
 SHARD_BYTES = 4 * 10**9
@@ -43,10 +45,6 @@ _NUMPY_DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-
-
-class CheckpointError(Exception):
-    """A model folder that is missing, incomplete, damaged, or not what its configuration says."""
 
 
 @dataclasses.dataclass(frozen=True)

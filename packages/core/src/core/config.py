@@ -9,11 +9,9 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+from core.errors import ConfigError as ConfigError
+
 ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh", "gelu_fast", "relu", "silu", "quick_gelu")
-
-
-class ConfigError(ValueError):
-    """A model configuration that is wrong, or that says something we do not implement."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from core import sampling as sampling_lib
+from core.errors import RequestError as RequestError
+from core.errors import TokenizerError
 from core.kv_cache import KVCache
 from core.models import Model, Params
 from core.sampling import Sampler, Sampling, Settings
-from core.tokenizer import Tokenizer, TokenizerError
+from core.tokenizer import Tokenizer
 
 FinishReason = Literal["eos", "length", "stop"]
 
@@ -30,14 +32,6 @@ PREFILL_TOKENS = 1024  # prefill takes as many rows at once as fit in this many 
 STOP_CHECK_STEPS = 16  # steps between looks at the text, for requests with stop strings
 STREAM_STEPS = 4  # tokens a dispatch while streaming, after the first
 DEFAULT_SAMPLING = Sampling()
-
-
-class RequestError(ValueError):
-    """A request that cannot be served; `code` is stable, the message is for people."""
-
-    def __init__(self, code: str, message: str):
-        super().__init__(message)
-        self.code = code
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,9 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     chosen_BT1 = jnp.where(counted_BT, targets_BT, 0)[..., None]
     chosen_BT = jnp.take_along_axis(logits_BTV, chosen_BT1, axis=-1)[..., 0]
     losses_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - chosen_BT
-    return jnp.where(counted_BT, losses_BT, 0).sum() / jnp.maximum(counted_BT.sum(), 1)
+    return jnp.where(counted_BT, losses_BT, 0).sum() / jnp.maximum(
+        counted_BT.sum(dtype=jnp.float32), 1
+    )
 
 
 def loss(

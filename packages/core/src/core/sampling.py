@@ -13,9 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
-class SamplingError(ValueError):
-    """Sampling parameters that cannot be."""
+from core.errors import SamplingError as SamplingError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

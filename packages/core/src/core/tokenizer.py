@@ -15,6 +15,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from core.errors import TokenizerError as TokenizerError
+
 END_OF_TEXT = "<|endoftext|>"
 
 TOKENIZER_FILES = (
@@ -27,10 +29,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 """The files that make up a tokenizer; a conversion copies those that are there."""
-
-
-class TokenizerError(ValueError):
-    """Text that cannot be encoded, ids that cannot be decoded, or tokenizer files that cannot be read."""
 
 
 class Tokenizer:

@@ -1,0 +1,68 @@
+"""The manners of every command line: flags in, an exit code out.
+
+0 done (and for --help); 1 the data or the job failed; 2 wrong usage. A failure is one line on stderr that says what was
+found, what was expected and what to do next; a traceback means a bug of ours.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from absl import app, flags
+
+from core.errors import FlaxmillError
+
+
+class Usage(Exception):
+    """Flags that do not make sense together."""
+
+
+def run(
+    main: Callable[..., None],
+    *,
+    passes_on: bool = False,
+    bad_flags: tuple[type[Exception], ...] = (),
+) -> NoReturn:
+    """Parses the flags, runs `main` and exits.
+
+    Args:
+      main: what to do; a FlaxmillError that it raises is a failure.
+      passes_on: `main` takes a list of the arguments that follow a bare `--`.
+      bad_flags: what parsing a flag may raise besides absl's own errors: exit code 2.
+    """
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(argv)[1:]
+        except SystemExit as help_shown:
+            raise SystemExit(0) from help_shown  # absl ends --help with 1
+        except (flags.Error, *bad_flags) as error:
+            _fail(f"{error}; --help lists the flags", 2)
+        passed_on = list(argv[argv.index("--") + 1 :]) if passes_on and "--" in argv else []
+        if rest != passed_on:
+            _fail(f"unexpected argument {rest[0]!r}; every option is a --flag=value", 2)
+        return passed_on
+
+    def guarded(passed_on: list[str]) -> None:
+        try:
+            main(passed_on) if passes_on else main()
+            sys.stdout.flush()
+        except Usage as error:
+            _fail(f"{error}; --help lists the flags", 2)
+        except FlaxmillError as error:
+            _fail(str(error), 1)
+        except KeyboardInterrupt:
+            _fail("interrupted", 130)
+        except BrokenPipeError:  # whoever read our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    logging.getLogger("jax").setLevel(logging.WARNING)  # it tells of every platform that is not there
+    app.run(guarded, flags_parser=parse)
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.exit(code)
