@@ -1,0 +1,98 @@
+# Everything a user or CI runs. `make` alone prints this help.
+#
+# A fresh machine needs Python >= 3.11, git and make; uv is fetched into .bootstrap if it is missing, the pinned
+# packages go into .venv (and, for comparisons with PyTorch, .venv-peers), and nothing else is touched.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+# A train.py or core/ in the current folder must not stand in for ours.
+export PYTHONSAFEPATH := 1
+
+MODEL ?= gpt2
+CONFIG ?= configs/shakespeare_char.py
+PROMPT ?= The flax mill
+INPUT ?=
+OUT ?=
+SUITE ?= ci
+ARGS ?=
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+UV ?= $(shell uv --version 2>/dev/null | grep -q '^uv 0\.13\.' && echo uv || echo .bootstrap/bin/uv)
+PACKAGES := core convert train serve_batch bench
+RUN := .venv/bin/python -m
+
+.PHONY: help sync demo test test-slow parity check format convert train generate batch bench env pins clean uv
+
+help: ## Prints this help.
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 14
+	@echo; echo 'More flags: ARGS="--flag=value ..."; each command also has --help: .venv/bin/python -m convert --help'
+
+sync: .venv/.synced ## Builds .venv from the pinned requirements (PYTHON=python3.12 chooses another Python).
+
+demo: .venv/.synced ## The whole pipeline on real text in three minutes, offline: train, export, convert, generate.
+	@$(RUN) bench.demo $(ARGS)
+
+test: .venv/.synced ## The fast tests, without torch (under five minutes on two cores).
+	$(RUN) pytest -m "not slow and not parity and not gpu" $(ARGS)
+
+test-slow: .venv/.synced ## The tests that take more than 20 seconds each.
+	$(RUN) pytest -m "slow and not parity and not gpu" $(ARGS)
+
+parity: .venv-peers/.synced ## The comparisons with torch and transformers (builds .venv-peers, 5 GB).
+	.venv-peers/bin/python -m pytest -m parity $(ARGS)
+
+check: .venv/.synced ## Formatting, lint, types and the floors between the modules.
+	.venv/bin/ruff format --check -q .
+	.venv/bin/ruff check -q .
+	.venv/bin/lint-imports > .venv/lint-imports.log || { cat .venv/lint-imports.log; exit 1; }
+	.venv/bin/pyright
+
+format: .venv/.synced ## Formats the code and mends what lint can mend.
+	.venv/bin/ruff format -q .
+	.venv/bin/ruff check -q --fix .
+
+convert: .venv/.synced ## Downloads and converts MODEL=gpt2|gpt2-medium|gpt2-large|gpt2-xl|distilgpt2|OWNER/NAME.
+	@$(RUN) convert --model=$(MODEL) $(ARGS)
+
+train: .venv/.synced ## Trains CONFIG=configs/....py
+	@$(RUN) train --config=$(CONFIG) $(ARGS)
+
+generate: .venv/.synced ## Continues PROMPT="..." with models/MODEL.
+	@$(RUN) core.generate --model=models/$(MODEL) --prompt="$(PROMPT)" $(ARGS)
+
+batch: .venv/.synced ## Continues every prompt of INPUT=GLOB with models/MODEL into OUT=DIR.
+	@$(RUN) serve_batch --model=models/$(MODEL) --input="$(INPUT)" --output="$(OUT)" $(ARGS)
+
+bench: .venv/.synced .venv-peers/.synced ## Measures ours beside PyTorch; SUITE=ci|full|gpu (builds .venv-peers, 5 GB).
+	@$(RUN) bench --suite=$(SUITE) $(ARGS)
+
+env: .venv/.synced ## Prints versions, devices and pins, for a bug report.
+	@$(RUN) bench.env
+
+pins: $(UV) ## Resolves the requirements anew (uv.lock) and writes the two pinned files.
+	$(UV) lock --upgrade
+	$(UV) export -q --no-header --all-packages --no-emit-workspace --format requirements.txt -o requirements.txt
+	$(UV) export -q --no-header --all-packages --group peers --no-emit-workspace --format requirements.txt -o requirements-peers.txt
+
+clean: ## Removes the environments and caches; models, data and outputs stay.
+	rm -rf .venv .venv-peers .bootstrap .cache .pytest_cache .ruff_cache .hypothesis
+
+.venv/.synced: PINS := requirements.txt
+.venv-peers/.synced: PINS := requirements-peers.txt
+.venv/.synced: requirements.txt
+.venv-peers/.synced: requirements-peers.txt
+.venv/.synced .venv-peers/.synced: $(wildcard packages/*/pyproject.toml) | $(UV)
+	@test -n "$(PYTHON)" || { echo 'error: no Python >= 3.11 found; install one or pass PYTHON=path' >&2; exit 1; }
+	$(UV) venv -q --allow-existing --python "$$(command -v $(PYTHON))" $(@D)
+	$(UV) pip sync -q --python $(@D) --require-hashes $(PINS)
+	$(UV) pip install -q --python $(@D) --no-deps $(PACKAGES:%=-e packages/%)
+	@touch $@
+
+.bootstrap/bin/uv:
+	@test -n "$(PYTHON)" || { echo 'error: no Python >= 3.11 found; install one or pass PYTHON=path' >&2; exit 1; }
+	$(PYTHON) -m venv .bootstrap
+	.bootstrap/bin/python -m pip install -q --disable-pip-version-check 'uv>=0.13,<0.14'
+
+uv: # the uv of the machine
