@@ -1,0 +1,103 @@
+"""python -m serve_batch: prompt files to completions.
+
+    python -m serve_batch --model=models/gpt2 --input='prompts/*.jsonl' --output=completions --temperature=0
+
+Give the same command again to resume a job that was interrupted. Options of Beam's follow after `--`.
+"""
+
+import sys
+
+from absl import flags, logging
+
+from core import door
+
+_MODEL = flags.DEFINE_string("model", None, "Model folder.", required=True)
+_INPUT = flags.DEFINE_multi_string(
+    "input", None, "Glob of .jsonl and .txt files; a row a line. Repeatable.", required=True
+)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder for the parts.", required=True)
+
+# What a row says for itself goes before these.
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 is greedy.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Keeps the k likeliest tokens; 0 keeps all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Keeps the likeliest tokens of this total probability.")
+_MIN_P = flags.DEFINE_float("min_p", 0.0, "Drops tokens this many times less likely than the top.")
+_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1 makes repetition less likely.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 50, "Length limit of a completion.")
+_STOP = flags.DEFINE_multi_string("stop", [], "String that ends a completion. Repeatable.")
+_SEED = flags.DEFINE_integer("seed", 0, "Random seed; each row draws from it and its id.")
+_IGNORE_EOS = flags.DEFINE_boolean("ignore_eos", False, "Goes on after the end-of-text token.")
+
+_SLOTS = flags.DEFINE_integer("slots", 16, "Rows that decode together.")
+_SHARD_SIZE = flags.DEFINE_integer("shard_size", 1024, "Rows in a part, and lost by a crash.")
+_WORKERS = flags.DEFINE_integer("workers", 1, "Processes; give each 20 shards or more to share.")
+_RUNNER = flags.DEFINE_string("runner", "local", "Beam runner; only local is supported yet.")
+_DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Checks every row; generates and writes nothing.")
+_MAX_ERROR_RATE = flags.DEFINE_float(
+    "max_error_rate", 1.0, "Share of error rows that still passes."
+)
+_OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Starts anew over another job's output.")
+
+
+def main(beam_options: list[str]) -> None:
+    import core
+    import serve_batch
+
+    try:
+        result = serve_batch.run(
+            model=_MODEL.value,
+            input=_INPUT.value,
+            output=_OUTPUT.value,
+            sampling=core.Sampling(
+                temperature=_TEMPERATURE.value,
+                top_k=_TOP_K.value,
+                top_p=_TOP_P.value,
+                min_p=_MIN_P.value,
+                repetition_penalty=_PENALTY.value,
+                max_new_tokens=_MAX_NEW_TOKENS.value,
+                stop=tuple(_STOP.value),
+                seed=_SEED.value,
+                ignore_eos=_IGNORE_EOS.value,
+            ),
+            slots=_SLOTS.value,
+            shard_size=_SHARD_SIZE.value,
+            workers=_WORKERS.value,
+            runner=_RUNNER.value,
+            beam_options=beam_options,
+            dry_run=_DRY_RUN.value,
+            max_error_rate=_MAX_ERROR_RATE.value,
+            overwrite=_OVERWRITE.value,
+        )
+    except (serve_batch.UsageError, core.SamplingError) as error:
+        raise door.Usage(str(error)) from error
+    except serve_batch.JobError:
+        logging.debug("the job failed", exc_info=True)  # shown with --verbosity=1
+        raise
+    if _RUNNER.value == "DirectRunner":
+        print(_DIRECT_RUNNER, file=sys.stderr)
+    print(_summary(result), file=sys.stderr)
+
+
+_DIRECT_RUNNER = "note: --runner=DirectRunner ran as --runner=local: Beam's own would first try to download Prism"
+
+
+def _summary(result: dict) -> str:
+    """Returns the last line of a run."""
+    errors = ", ".join(f"{code} {count:,}" for code, count in result["errors_by_code"].items())
+    rows = f"{result['rows']:,} rows, {result['errors']:,} errors" + (
+        f" ({errors})" if errors else ""
+    )
+    if _DRY_RUN.value:
+        return f"dry run: {rows}; {len(result['inputs']):,} files, {result['shards']:,} shards"
+    seconds, shards = result["elapsed_s"], result["shards_done"]
+    if not shards:
+        return f"{_OUTPUT.value}: {rows}; it was complete before"
+    done = f"{shards:,} of {len(result['parts']):,} shards in {seconds:,.1f} s"
+    return (
+        f"{_OUTPUT.value}: {rows}; {done}, {result['rows_done'] / seconds:,.1f} prompts/s, "
+        f"{result['tokens_done'] / seconds:,.0f} tokens/s"
+    )
+
+
+if __name__ == "__main__":
+    door.run(main, passes_on=True)

@@ -1,0 +1,276 @@
+"""One line of an input file to one prompt, or to the reason why it is none; one result to one output line.
+
+Every line is a row, and every row becomes exactly one record, so this module never raises for what a line holds: what
+cannot be used comes back as a `RowError` with a stable code. It knows nothing of files, engines or Beam.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:  # importing core.sampling imports jax
+    from core import Completion, Sampling
+
+SCHEMA_VERSION = 1
+MAX_LINE_BYTES = 1 << 20
+"""A longer line becomes an error row: it bounds the memory of a worker, whatever the file holds."""
+
+Format = Literal["jsonl", "text"]
+FORMATS: Mapping[str, Format] = {".jsonl": "jsonl", ".txt": "text"}
+"""The input formats, by file suffix."""
+
+_RESERVED = {
+    "messages": "chat messages are not supported yet; give the rendered text as 'prompt'",
+    "n": "several samples per row are not supported yet; repeat the row with other seeds",
+    "logprobs": "log-probabilities are not supported yet",
+}
+
+
+class Source(NamedTuple):
+    """Where a row came from: the file's name below the input's root, the byte offset and the line number from 1."""
+
+    file: str
+    offset: int
+    line: int
+
+    @property
+    def key(self) -> str:
+        """The id of a row that brings none."""
+        return f"{self.file}:{self.offset}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+    prompt: str | tuple[int, ...]
+    sampling: "Sampling"
+    id: str | int | None = None
+    input: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowError:
+    code: str
+    message: str
+    id: str | int | None = None
+    input: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class _Refused(Exception):
+    """Why a row is no prompt; never leaves this module."""
+
+    def __init__(self, code: str, message: str):
+        super().__init__(message)
+        self.code = code
+
+
+def parse(line: bytes, format: Format, defaults: "Sampling") -> Prompt | RowError:
+    """Returns the prompt that `line` asks for, its sampling parameters laid over `defaults`.
+
+    `line` may carry its line ending, and need not be whole if it is longer than `MAX_LINE_BYTES`.
+    """
+    fields: dict[str, Any] = {}
+    row_id = None
+    try:
+        text = _decode(line)
+        if format == "text":
+            return Prompt(prompt=text, sampling=defaults)
+        fields = _object(text)
+        row_id = _take_id(fields)
+        sampling = _take_sampling(fields, defaults)
+        prompt = _take_prompt(fields)
+        return Prompt(prompt=prompt, sampling=sampling, id=row_id, input=fields)
+    except _Refused as why:
+        passed = {name: value for name, value in fields.items() if name not in _KNOWN}
+        return RowError(code=why.code, message=str(why), id=row_id, input=passed)
+
+
+def _decode(line: bytes) -> str:
+    line = line.removesuffix(b"\n").removesuffix(b"\r")
+    if len(line) > MAX_LINE_BYTES:
+        raise _Refused("line_too_long", f"the line is longer than {MAX_LINE_BYTES} bytes")
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _Refused(
+            "invalid_utf8", f"byte {error.start} of the line is not UTF-8: {error.reason}"
+        ) from error
+    if not text:
+        raise _Refused("blank_line", "the line is empty")
+    return text
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text, parse_constant=_not_json, parse_float=_finite)
+    except RecursionError:
+        raise _Refused("bad_json", "the JSON is nested too deeply") from None
+    except ValueError as error:
+        raise _Refused("bad_json", f"the line is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise _Refused(
+            "not_an_object", f"expected a JSON object with a 'prompt', found {_named(value)}"
+        )
+    return value
+
+
+def _not_json(constant: str) -> Any:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError(f"{digits} is beyond a float's range")
+    return number
+
+
+def _take_id(fields: dict[str, Any]) -> str | int | None:
+    value = fields.pop("id", None)
+    if value is None or type(value) is int:
+        return value
+    if not isinstance(value, str):
+        raise _Refused("bad_id", f"'id' must be a string or an integer, found {_named(value)}")
+    if not _is_unicode(value):
+        raise _Refused("bad_id", "'id' holds a lone surrogate")
+    return value
+
+
+def _take_prompt(fields: dict[str, Any]) -> str | tuple[int, ...]:
+    for name, why in _RESERVED.items():
+        if fields.get(name) is not None:
+            raise _Refused("unsupported_field", f"{name!r}: {why}")
+    text, ids = fields.pop("prompt", None), fields.pop("token_ids", None)
+    if text is not None and ids is not None:
+        raise _Refused("prompt_ambiguous", "the row has both 'prompt' and 'token_ids'; give one")
+    if ids is not None:
+        return _token_ids(ids)
+    if text is None:
+        raise _Refused("prompt_missing", "the row has neither 'prompt' nor 'token_ids'")
+    if not isinstance(text, str):
+        raise _Refused("prompt_wrong_type", f"'prompt' must be a string, found {_named(text)}")
+    if not _is_unicode(text):
+        raise _Refused("prompt_wrong_type", "'prompt' holds a lone surrogate: it is not Unicode")
+    return text
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or any(type(item) is not int for item in value):
+        raise _Refused("prompt_wrong_type", "'token_ids' must be a list of integers")
+    return tuple(value)
+
+
+def _take_sampling(fields: dict[str, Any], defaults: "Sampling") -> "Sampling":
+    changes = {}
+    for name, (expected, accepts) in _PARAMETERS.items():
+        value = fields.pop(name, None)
+        if value is None:
+            continue
+        if not accepts(value):
+            raise _Refused("bad_parameter", f"{name!r} must be {expected}, found {_named(value)}")
+        changes[name] = value
+    if "stop" in changes:
+        stop = changes["stop"]
+        changes["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    try:
+        return dataclasses.replace(defaults, **changes) if changes else defaults
+    except (ValueError, OverflowError) as error:  # core.SamplingError; an integer beyond a float
+        raise _Refused("bad_parameter", str(error)) from error
+
+
+def _is_integer(value: Any) -> bool:
+    return type(value) is int  # bool is an int to isinstance
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_stop(value: Any) -> bool:
+    strings = value if isinstance(value, list) else [value]
+    return all(isinstance(s, str) and _is_unicode(s) for s in strings)
+
+
+_PARAMETERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "max_new_tokens": ("an integer", _is_integer),
+    "temperature": ("a number", _is_number),
+    "top_k": ("an integer", _is_integer),
+    "top_p": ("a number", _is_number),
+    "min_p": ("a number", _is_number),
+    "repetition_penalty": ("a number", _is_number),
+    "stop": ("a string or a list of strings", _is_stop),
+    "seed": ("an integer", _is_integer),
+    "ignore_eos": ("true or false", lambda value: isinstance(value, bool)),
+}
+"""What a row may set for itself: the fields of `core.Sampling`, under the same names."""
+
+_KNOWN = {"id", "prompt", "token_ids", *_PARAMETERS}
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _named(value: Any) -> str:
+    """Returns `value` as JSON calls its kind."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    return "null" if value is None else kinds.get(type(value), "a number")
+
+
+def record(
+    row: Prompt | RowError,
+    result: "Completion | RowError",
+    *,
+    index: int,
+    source: Source,
+    model: Mapping[str, str],
+) -> dict[str, Any]:
+    """Returns the output record of `row`: the same keys for every row, null where there is nothing to say."""
+    head = {
+        "schema_version": SCHEMA_VERSION,
+        "id": source.key if row.id is None else row.id,
+        "index": index,
+        "source": source._asdict(),
+    }
+    seed = row.sampling.seed if isinstance(row, Prompt) else None
+    tail = {"seed": seed, "model": dict(model), "input": dict(row.input) or None}
+    if isinstance(result, RowError):
+        return head | _NOTHING | {"error": {"code": result.code, "message": result.message}} | tail
+    return (
+        head
+        | {
+            "status": "ok",
+            "text": result.text,
+            "token_ids": list(result.tokens),
+            "finish_reason": result.finish_reason,
+            "prompt_tokens": len(result.prompt_tokens),
+            "completion_tokens": len(result.tokens),
+            "error": None,
+        }
+        | tail
+    )
+
+
+_NOTHING = {
+    "status": "error",
+    "text": None,
+    "token_ids": None,
+    "finish_reason": "error",
+    "prompt_tokens": None,
+    "completion_tokens": None,
+}
+
+# Legal inside a JSON string, but readers that split lines as Python or JavaScript do would cut the record there;
+# surrogates cannot be written as UTF-8 at all.
+_ESCAPED = re.compile("[\x7f\x85\u2028\u2029\ud800-\udfff]")
+
+
+def to_line(fields: Mapping[str, Any]) -> bytes:
+    """Returns `fields` as one line of JSON, readable UTF-8, with its newline."""
+    text = json.dumps(fields, ensure_ascii=False, separators=(", ", ": "), allow_nan=False)
+    return _ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", text).encode() + b"\n"
