@@ -65,13 +65,15 @@ class Sampling:
             value = getattr(self, name)
             if not is_fine or (kind is int and not isinstance(value, int)):
                 raise SamplingError(f"{name} is {value!r}; expected {kind.__name__}, {expected}")
-        if self.logprobs is not None and not (
-            isinstance(self.logprobs, int) and self.logprobs >= 0
+        if self.logprobs is not None and (
+            not isinstance(self.logprobs, int) or not _number(self.logprobs) >= 0
         ):
             raise SamplingError(
                 f"logprobs is {self.logprobs!r}; expected an int, 0 or more, or None"
             )
-        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+        if not isinstance(self.stop, (tuple, list)) or not all(
+            isinstance(s, str) and s for s in self.stop
+        ):
             raise SamplingError(f"stop is {self.stop!r}; expected a sequence of non-empty strings")
         if not isinstance(self.ignore_eos, bool):
             raise SamplingError(f"ignore_eos is {self.ignore_eos!r}; expected a bool")
@@ -172,7 +174,5 @@ def _filter(logits_BV: jax.Array, settings: Settings) -> jax.Array:
 
 
 def _number(value: Any) -> float:
-    """`value` as a float to compare; NaN, which no comparison accepts, if it is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return math.nan
-    return float(value)
+    """`value` if it is a number to compare, else NaN, which no comparison accepts; no rounding of large integers."""
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
