@@ -1,0 +1,34 @@
+"""One amplified tiny model and one engine for all of core's tests, so that each shape compiles once."""
+
+from typing import Any
+
+import jax
+import pytest
+
+import tiny
+from core.engine import Engine
+from core.models import Model, build
+from core.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def model() -> Model:
+    return build(tiny.config())
+
+
+@pytest.fixture(scope="session")
+def params(model: Model) -> dict[str, Any]:
+    return tiny.params(model)
+
+
+@pytest.fixture(scope="session")
+def apply(model: Model) -> Any:
+    return jax.jit(model.apply)
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    """Speaks UTF-8 bytes; the vocabulary has six rows more than the tokenizer, and the cache one length only."""
+    tokenizer = Tokenizer.utf8()
+    model = build(tiny.config(vocab_size=tokenizer.vocab_size + 6))
+    return Engine(model, tiny.params(model, amplify=8), tokenizer, slots=5)
