@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from convert.errors import ConvertError
 
@@ -28,6 +28,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
         raise SystemExit(0) from help_shown  # absl ends --help with 1
     except flags.Error as error:
         _fail(str(error), 2)
+    if flags.FLAGS["verbosity"].using_default_value:
+        flags.FLAGS.verbosity = logging.WARNING  # absl's own default lets libraries report every request
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; every option is a --flag=value", 2)
     return rest

@@ -88,7 +88,7 @@ def shard_names(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConvertError(f"{index}: no 'weight_map' of tensor names to files")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not isinstance(shard, str) or not shard or Path(shard).name != shard:
             raise ConvertError(
                 f"{index}: {name} lies in {shard!r}; expected the name of a file in this folder"
             )

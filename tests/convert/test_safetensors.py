@@ -1,0 +1,173 @@
+"""The container: what is read is what was written, and what is damaged is told."""
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+import hf_checkpoints as hf
+from convert import ConvertError
+from convert.sources import open_source, safetensors
+
+
+def raw(header: object, data: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float32", "float16", "bfloat16", "bool", "uint8", "int64", "float64"]
+)
+def test_every_type_is_read_bit_for_bit(tmp_path: Path, dtype: str):
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    stored = {
+        "a": np.arange(15).reshape(5, 3).astype(kind),
+        "scalar": np.ones((), kind),
+        "none": np.zeros((0, 4), kind),
+    }
+    save_file(stored, tmp_path / "x.safetensors")
+    found = safetensors.read_file(tmp_path / "x.safetensors")
+    assert found.keys() == stored.keys()
+    assert all(hf.same_bits(found[name].read(), stored[name]) for name in stored)
+
+
+def test_data_may_start_at_an_odd_byte(tmp_path: Path):
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    header = b'{"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}'
+    assert len(header) % 2
+    (tmp_path / "x.safetensors").write_bytes(raw(header, values.tobytes()))
+    array = safetensors.read_file(tmp_path / "x.safetensors")["a"].read()
+    assert not array.flags.aligned
+    np.testing.assert_array_equal(array, values)
+
+
+DAMAGED = {
+    "empty": (b"", "found 0 bytes"),
+    "no header": (b"\x00\x01", "found 2 bytes"),
+    "length beyond the file": ((1 << 20).to_bytes(8, "little") + b"{", "expected at least 1048584"),
+    "not JSON": (raw(b"{nothing"), "header cannot be read"),
+    "not UTF-8": (raw(b'{"\xff": 1}'), "header cannot be read"),
+    "a list": (raw([1]), "not a JSON object"),
+    "key twice": (raw(b'{"a":1,"a":1}'), "appears twice"),
+    "entry is a number": (raw({"a": 1}), "entry of 'a'"),
+    "negative shape": (raw({"a": entry("F32", [-1], 0, 4)}, b"1234"), "entry of 'a'"),
+    "three offsets": (
+        raw({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1, 2]}}, b"1"),
+        "entry of 'a'",
+    ),
+    "unknown type": (raw({"a": entry("F5", [1], 0, 4)}, b"1234"), "dtype 'F5'"),
+    "offsets of another size": (raw({"a": entry("F32", [2], 0, 4)}, b"1234"), "8 bytes, but"),
+    "hole": (
+        raw({"a": entry("U8", [1], 0, 1), "b": entry("U8", [1], 2, 3)}, b"123"),
+        "before it ends at",
+    ),
+    "overlap": (
+        raw({"a": entry("U8", [2], 0, 2), "b": entry("U8", [2], 1, 3)}, b"123"),
+        "before it ends at",
+    ),
+    "too long": (raw({"a": entry("U8", [1], 0, 1)}, b"12"), "expected"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_file_is_told_what_is_wrong(tmp_path: Path, case: str):
+    content, message = DAMAGED[case]
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(ConvertError, match=message) as told:
+        safetensors.read_file(tmp_path / "x.safetensors")
+    assert "x.safetensors" in str(told.value)
+
+
+def test_a_truncated_file_names_both_sizes(tmp_path: Path):
+    folder = hf.write(tmp_path / "gpt", hf.tensors())
+    file = folder / "model.safetensors"
+    whole = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(
+        ConvertError, match=f"cut short: found {whole - 100} bytes, expected {whole}"
+    ):
+        open_source(folder)
+
+
+@given(st.data())
+def test_no_damage_escapes_as_another_exception(tmp_path_factory, data):
+    content = bytearray(
+        raw({"a": entry("F32", [2], 0, 8), "b": entry("U8", [1], 8, 9)}, b"123456789")
+    )
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("fuzz") / "x.safetensors"
+    path.write_bytes(bytes(content[: data.draw(st.integers(0, len(content)))]))
+    try:
+        for tensor in safetensors.read_file(path).values():
+            tensor.read()
+    except ConvertError:
+        pass
+
+
+def test_shards_and_index_must_agree(tmp_path: Path):
+    folder = hf.write(tmp_path / "gpt", hf.tensors(), shards=2)
+    index = json.loads((folder / safetensors.INDEX).read_text())
+    first = index["weight_map"].pop("wte.weight")
+    index["weight_map"]["ghost"] = first
+    (folder / safetensors.INDEX).write_text(json.dumps(index))
+    with pytest.raises(ConvertError) as told:
+        open_source(folder)
+    assert told.value.problems == (f"{first} lacks ghost", f"{first} holds wte.weight unlisted")
+
+
+def test_every_missing_shard_is_named(tmp_path: Path):
+    folder = hf.write(tmp_path / "gpt", hf.tensors(), shards=3)
+    for k in (1, 3):
+        (folder / f"model-{k:05d}-of-00003.safetensors").unlink()
+    with pytest.raises(ConvertError) as told:
+        open_source(folder)
+    assert told.value.problems == (
+        "model-00001-of-00003.safetensors is missing",
+        "model-00003-of-00003.safetensors is missing",
+    )
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "sub/model.safetensors", "", 3])
+def test_an_index_reaches_into_no_other_folder(tmp_path: Path, name: object):
+    folder = hf.write(tmp_path / "gpt", hf.tensors(), shards=2)
+    (folder / safetensors.INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ConvertError, match="name of a file in this folder"):
+        open_source(folder)
+
+
+def test_a_second_copy_in_a_subfolder_is_not_read(tmp_path: Path):
+    folder = hf.write(tmp_path / "gpt", hf.tensors())
+    hf.write(folder / "original", {"other": np.zeros(3, np.float32)})
+    assert open_source(folder).tensors.keys() == hf.tensors().keys()
+
+
+def test_what_lies_there_instead_is_named(tmp_path: Path):
+    with pytest.raises(ConvertError, match="no such file or folder"):
+        open_source(tmp_path / "nothing")
+    with pytest.raises(ConvertError, match="an empty folder"):
+        open_source(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ConvertError, match=r"no safetensors weights among pytorch_model\.bin"):
+        open_source(tmp_path)
+    with pytest.raises(ConvertError, match="does not begin as safetensors does"):
+        open_source(tmp_path / "pytorch_model.bin")
+
+
+def test_a_config_must_be_there_and_be_json(tmp_path: Path):
+    folder = hf.write(tmp_path / "gpt", hf.tensors())
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ConvertError, match=r"config\.json: cannot be read as JSON"):
+        open_source(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(ConvertError, match=r"no config\.json"):
+        open_source(folder / "model.safetensors")

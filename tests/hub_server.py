@@ -1,0 +1,146 @@
+"""A small Hugging Face hub on this machine: the protocol that `huggingface_hub` speaks, and ways for it to break.
+
+Repositories are dicts of revision to files. Weights answer as LFS files do: `resolve` redirects to a storage address,
+which serves ranges. Every request is noted.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import http.server
+import json
+import re
+import threading
+from collections.abc import Iterator
+
+
+@dataclasses.dataclass
+class Hub:
+    """What is served and what was asked.
+
+    `cuts` are consumed one by storage request: the connection closes after so many bytes. `stalls` is set by a test
+    that wants the connection to stay open without a byte more after a cut, and released to let the server end.
+    """
+
+    repos: dict[str, dict[str, dict[str, bytes]]]
+    branches: dict[str, str]
+    requests: list[tuple[str, str, str | None]] = dataclasses.field(default_factory=list)
+    cuts: list[int] = dataclasses.field(default_factory=list)
+    stall: threading.Event | None = None
+    refuses: bool = False
+    endpoint: str = ""
+
+    def storage_requests(self) -> list[str | None]:
+        """The Range headers of the requests for weights, in order."""
+        return [range_ for method, path, range_ in self.requests if path.startswith("/storage/")]
+
+    def resolved(self) -> list[str]:
+        """The "revision/file" of every file asked for."""
+        found = (re.match(r"/[^/]+/[^/]+/resolve/(.*)", path) for _, path, _ in self.requests)
+        return [match[1] for match in found if match]
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Says nothing: the requests are in `Hub.requests`."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        self.hub.requests.append((self.command, path, self.headers.get("Range")))
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+            self._info(match[1], match[2] or "main")
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self._resolve(*match.groups())
+        elif match := re.fullmatch(r"/storage/([0-9a-f]{64})", path):
+            self._storage(match[1])
+        else:
+            self._answer(404)
+
+    def _info(self, repo: str, revision: str) -> None:
+        if repo not in self.hub.repos:
+            return self._answer(401, {"X-Error-Code": "RepoNotFound"})
+        commit = self.hub.branches.get(revision, revision)
+        files = self.hub.repos[repo].get(commit)
+        if files is None:
+            return self._answer(404, {"X-Error-Code": "RevisionNotFound"})
+        siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
+        body = {"id": repo, "sha": commit, "siblings": siblings}
+        return self._answer(200, {"Content-Type": "application/json"}, json.dumps(body).encode())
+
+    def _resolve(self, repo: str, revision: str, name: str) -> None:
+        commit = self.hub.branches.get(revision, revision)
+        data = self.hub.repos.get(repo, {}).get(commit, {}).get(name)
+        if data is None:
+            return self._answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+        headers = {"X-Repo-Commit": commit}
+        if not name.endswith(".safetensors"):
+            blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+            return self._answer(200, {**headers, "ETag": f'"{blob}"'}, data)
+        digest = hashlib.sha256(data).hexdigest()
+        linked = {"X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{digest}"'}
+        elsewhere = self.hub.endpoint.replace("127.0.0.1", "localhost")  # as a CDN is another host
+        location = f"{elsewhere}/storage/{digest}"
+        return self._answer(302, {**headers, **linked, "Location": location})
+
+    def _storage(self, digest: str) -> None:
+        if self.hub.refuses:
+            return self._answer(503)
+        data = next(
+            data
+            for revisions in self.hub.repos.values()
+            for files in revisions.values()
+            for data in files.values()
+            if hashlib.sha256(data).hexdigest() == digest
+        )
+        start = 0
+        if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
+            start = int(asked[1])
+        headers = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if asked else {}
+        return self._answer(206 if asked else 200, headers, data[start:], breakable=True)
+
+    def _answer(
+        self,
+        status: int,
+        headers: dict[str, str] | None = None,
+        body: bytes = b"",
+        *,
+        breakable: bool = False,
+    ) -> None:
+        self.send_response(status)
+        for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        cut = self.hub.cuts.pop(0) if breakable and self.hub.cuts else None
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(body[:cut])
+            self.wfile.flush()
+        if cut is not None:
+            if self.hub.stall is not None:
+                self.hub.stall.wait(60)
+            self.close_connection = True
+
+
+@contextlib.contextmanager
+def serve(hub: Hub) -> Iterator[Hub]:
+    """Serves `hub` on a free port of this machine, whose address is then `hub.endpoint`."""
+    handler = type("Handler", (_Handler,), {"hub": hub})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield hub
+        finally:
+            if hub.stall is not None:
+                hub.stall.set()
+            server.shutdown()
+            thread.join()
