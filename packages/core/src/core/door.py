@@ -4,13 +4,13 @@
 found, what was expected and what to do next; a traceback means a bug of ours.
 """
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from absl import app, flags
+from absl import logging as absl_logging
 
 from core.errors import FlaxmillError
 
@@ -40,6 +40,8 @@ def run(
             raise SystemExit(0) from help_shown  # absl ends --help with 1
         except (flags.Error, *bad_flags) as error:
             _fail(f"{error}; --help lists the flags", 2)
+        if flags.FLAGS["verbosity"].using_default_value:
+            flags.FLAGS.verbosity = absl_logging.WARNING  # libraries narrate at INFO
         passed_on = list(argv[argv.index("--") + 1 :]) if passes_on and "--" in argv else []
         if rest != passed_on:
             _fail(f"unexpected argument {rest[0]!r}; every option is a --flag=value", 2)
@@ -58,7 +60,6 @@ def run(
         except BrokenPipeError:  # whoever read our output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    logging.getLogger("jax").setLevel(logging.WARNING)  # it tells of every platform that is not there
     app.run(guarded, flags_parser=parse)
     sys.exit(0)
 

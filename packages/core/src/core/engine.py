@@ -9,7 +9,7 @@ depend on the seed, the request's id and the token's position.
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -164,7 +164,9 @@ class Engine:
         prompt = self._prompt_tokens(tokens)
         padded = np.zeros((1, self._bucket(len(prompt), SMALLEST_PREFILL)), np.int32)
         padded[0, : len(prompt)] = prompt
-        chosen_T, ids_TK, values_TK = _score(self._statics, top, self.params, jnp.asarray(padded))
+        chosen_T, ids_TK, values_TK = _score(
+            self._statics, self._at_most_all(top), self.params, jnp.asarray(padded)
+        )
         chosen, ids, values = (np.asarray(x).tolist() for x in (chosen_T, ids_TK, values_TK))
         return [TokenScore(prompt[0], None)] + [
             TokenScore(token, chosen[t], tuple(zip(ids[t], values[t], strict=True)))
@@ -192,7 +194,7 @@ class Engine:
             except TokenizerError as error:
                 raise RequestError("bad_prompt", str(error)) from error
         else:
-            tokens = tuple(prompt)
+            tokens = tuple(prompt) if isinstance(prompt, Iterable) else (None,)
             if not all(
                 isinstance(t, (int, np.integer)) and not isinstance(t, bool) for t in tokens
             ):
@@ -223,11 +225,14 @@ class Engine:
         shape = _Shape(
             prefill=self._bucket(len(prompt), SMALLEST_PREFILL),
             cache=self._bucket(len(prompt) + max(limit, 1) - 1, SMALLEST_CACHE),
-            logprobs=sampling.logprobs,
+            logprobs=None if sampling.logprobs is None else self._at_most_all(sampling.logprobs),
             has_stops=bool(sampling.stop),
         )
         id_ = str(index) if request.id is None else request.id
         return _Row(index, id_, prompt, sampling, limit, shape)
+
+    def _at_most_all(self, alternatives: int) -> int:
+        return min(alternatives, self.model.config.vocab_size)
 
     def _bucket(self, length: int, smallest: int) -> int:
         bucket = smallest
