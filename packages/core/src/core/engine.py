@@ -194,8 +194,8 @@ class Engine:
             except TokenizerError as error:
                 raise RequestError("bad_prompt", str(error)) from error
         else:
-            tokens = tuple(prompt) if isinstance(prompt, Iterable) else (None,)
-            if not all(
+            tokens = tuple(prompt) if isinstance(prompt, Iterable) else ()
+            if not isinstance(prompt, Iterable) or not all(
                 isinstance(t, (int, np.integer)) and not isinstance(t, bool) for t in tokens
             ):
                 raise RequestError(

@@ -1,0 +1,327 @@
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import reference
+import tiny
+from core import engine as engine_lib
+from core.engine import Completion, Engine, Event, Request, RequestError
+from core.sampling import Sampling
+from core.tokenizer import Tokenizer
+
+GREEDY = Sampling(temperature=0, max_new_tokens=12)
+PROMPTS = ["a", "hello", "flax mill", "zwölf", "0123456789abc", "the quick", "brown fox", "jumps"]
+
+
+def complete(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
+    results = engine.complete(requests)
+    assert all(isinstance(result, Completion) for result in results), results
+    return [result for result in results if isinstance(result, Completion)]
+
+
+def varied_requests() -> list[Request]:
+    """Greedy and drawn, filtered and not, short and long, with log-probabilities, all of one prefill bucket."""
+    samplings = [
+        Sampling(temperature=0, max_new_tokens=20, logprobs=3),
+        Sampling(max_new_tokens=30, seed=1, logprobs=3),
+        Sampling(temperature=0.8, top_k=9, top_p=0.9, max_new_tokens=9, logprobs=3),
+        Sampling(temperature=1.5, min_p=0.01, repetition_penalty=1.5, seed=7, logprobs=3),
+    ]
+    return [
+        Request(prompt, samplings[i % len(samplings)], id=f"row {i}")
+        for i, prompt in enumerate(PROMPTS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def varied(engine: Engine) -> dict[str | None, Completion]:
+    requests = varied_requests()
+    return {r.id: c for r, c in zip(requests, complete(engine, requests), strict=True)}
+
+
+def test_greedy_tokens_are_the_argmax_of_the_uncached_logits(engine):
+    completions = complete(engine, [Request(prompt, GREEDY) for prompt in PROMPTS])
+    for completion in completions:
+        tokens = [*completion.prompt_tokens, *completion.tokens]
+        logits_TV = reference.logits(engine.model.config, engine.params, [tokens[:-1]])[0]
+        readable_TV = logits_TV[len(completion.prompt_tokens) - 1 :, : engine.tokenizer.vocab_size]
+        assert list(completion.tokens) == readable_TV.argmax(-1).tolist()
+        assert completion.finish_reason == "length"
+        assert completion.text == engine.tokenizer.decode(completion.tokens)
+
+
+def test_log_probabilities_are_the_reference_s(engine, varied):
+    for completion in varied.values():
+        tokens = [*completion.prompt_tokens, *completion.tokens]
+        logits_TV = reference.logits(engine.model.config, engine.params, [tokens[:-1]])[0]
+        expected_TV = reference.log_softmax(logits_TV)[len(completion.prompt_tokens) - 1 :]
+        assert len(completion.logprobs) == len(completion.tokens) == len(expected_TV)
+        for score, token, expected_V in zip(
+            completion.logprobs, completion.tokens, expected_TV, strict=True
+        ):
+            assert score.token == token
+            assert score.logprob == pytest.approx(expected_V[token], abs=2e-5)
+            ids, values = zip(*score.top, strict=True)
+            assert list(ids) == np.argsort(-expected_V)[:3].tolist()
+            np.testing.assert_allclose(values, expected_V[list(ids)], atol=2e-5)
+
+
+@pytest.mark.parametrize("order", ["alone", "reversed", "every other", "twice"])
+def test_a_row_has_the_same_bits_whatever_its_neighbours_and_place(engine, varied, order):
+    requests = varied_requests()
+    batches = {
+        "alone": [[request] for request in requests],
+        "reversed": [requests[::-1]],
+        "every other": [requests[::2], requests[1::2]],
+        "twice": [requests + requests],
+    }[order]
+    for batch in batches:
+        for request, completion in zip(batch, complete(engine, batch), strict=True):
+            assert completion == varied[request.id]  # tokens, text and every log-probability
+
+
+def test_a_bad_request_is_a_value_and_disturbs_nobody(engine, varied):
+    requests = varied_requests()
+    results = engine.complete(
+        [Request(""), requests[0], Request([999]), *requests[1:], Request("x" * 62)]
+    )
+    codes = [r.code if isinstance(r, RequestError) else None for r in results]
+    assert codes == ["prompt_empty", None, "token_out_of_range", *[None] * 7, "prompt_too_long"]
+    assert [r for r in results if isinstance(r, Completion)] == list(varied.values())
+
+
+def test_draws_depend_on_seed_and_id(engine):
+    def tokens(seed: int, id: str | None) -> tuple[int, ...]:
+        request = Request("flax", Sampling(seed=seed, max_new_tokens=12, logprobs=3), id=id)
+        return complete(engine, [request])[0].tokens
+
+    assert tokens(0, "a") == tokens(0, "a")
+    assert len({tokens(0, "a"), tokens(1, "a"), tokens(2**32, "a"), tokens(0, "b")}) == 4
+    assert tokens(3, None) == tokens(3, "0")  # without an id, the place in the call
+
+
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, Sampling(temperature=0.9, top_k=20, seed=5, max_new_tokens=13)], ids=str
+)
+def test_a_stream_is_the_completion_in_pieces(engine, sampling):
+    for id, prompt in enumerate(PROMPTS[:4]):
+        request = Request(prompt, sampling, id=str(id))
+        (whole,) = complete(engine, [request])
+        events = list(engine.stream(prompt, sampling, id=str(id)))
+        assert tuple(event.token for event in events) == whole.tokens
+        assert "".join(event.text for event in events) == whole.text
+        reasons = [event.finish_reason for event in events]
+        assert reasons == [None] * (len(events) - 1) + [whole.finish_reason]
+
+
+def test_a_stream_of_no_tokens_ends_at_once(engine):
+    events = list(engine.stream("flax", Sampling(max_new_tokens=0)))
+    assert events == [Event(None, "", "length")]
+    (completion,) = complete(engine, [Request("flax", Sampling(max_new_tokens=0))])
+    assert (completion.tokens, completion.text, completion.finish_reason) == ((), "", "length")
+
+
+@pytest.mark.parametrize("length", [50, 60, 61])
+def test_a_continuation_ends_with_the_context(engine, length):
+    """The last token is produced from a full context, so a prompt that fills it still gets one."""
+    positions = engine.model.config.n_positions
+    prompt = np.asarray(tiny.tokens(engine.model.config, length) % 256).tolist()
+    (whole,) = complete(engine, [Request(prompt, Sampling(temperature=0, max_new_tokens=99))])
+    assert whole.finish_reason == "length"
+    assert len(whole.tokens) == positions - length + 1
+    tokens = [*whole.prompt_tokens, *whole.tokens]
+    logits_TV = reference.logits(engine.model.config, engine.params, [tokens[:-1]])[0]
+    assert (
+        tokens[length:]
+        == logits_TV[length - 1 :, : engine.tokenizer.vocab_size].argmax(-1).tolist()
+    )
+
+
+def scripted(script: str, tokenizer: Tokenizer, eos_after: int | None = None) -> Any:
+    """A sampler that writes `script` whatever the model says: its place is how many tokens the row has seen."""
+    ids: list[Any] = tokenizer.encode(script)
+    if eos_after is not None:
+        ids[eos_after:] = [tokenizer.eos_id] * (len(ids) - eos_after)
+    script_T = jnp.asarray(ids, jnp.int32)
+    letters = len(set(ids))
+    assert letters == len(ids) or eos_after is not None, "each token must be new"
+
+    def sampler(logits_BV, keys_B, settings, seen_BV):
+        del keys_B, settings
+        return script_T[jnp.minimum(seen_BV.sum(-1) - 1, len(ids) - 1)]
+
+    return sampler
+
+
+def test_a_custom_sampler_draws_the_tokens_and_sees_the_rows_settings(engine):
+    def kth_best(logits_BV, keys_B, settings, seen_BV):
+        del keys_B, seen_BV
+        order_BV = jnp.argsort(-logits_BV, axis=-1)
+        return jnp.take_along_axis(order_BV, settings.top_k_B[:, None], axis=-1)[:, 0]
+
+    custom = Engine(engine.model, engine.params, engine.tokenizer, slots=5, sampler=kth_best)
+    requests = [Request("flax", Sampling(top_k=k, max_new_tokens=1)) for k in (0, 1, 2)]
+    found = [c.tokens[0] for c in complete(custom, requests)]
+    logits_V = reference.logits(
+        engine.model.config, engine.params, [engine.tokenizer.encode("flax")]
+    )
+    assert found == np.argsort(-logits_V[0, -1, : engine.tokenizer.vocab_size])[:3].tolist()
+
+
+@pytest.fixture(scope="module")
+def alphabet(engine) -> Engine:
+    """Continues any one-letter prompt with bcdé...; the letters are all different, so a row's place is known."""
+    sampler = scripted("bcdefgéhijklmn", engine.tokenizer)
+    return Engine(engine.model, engine.params, engine.tokenizer, slots=2, sampler=sampler)
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        (("g",), "bcdef"),
+        (("efg",), "bcd"),
+        (("zz", "fgé", "de"), "bc"),
+        (("éh",), "bcdefg"),
+        (("b",), ""),
+        (("never", "bcdx", "klm?"), "bcdefgéhijkl"),
+        (("ij", "hijk"), "bcdefgéh"),
+    ],
+    ids=str,
+)
+def test_text_ends_before_the_first_stop_string(alphabet, stop, text):
+    sampling = Sampling(stop=stop, max_new_tokens=13)
+    (whole,) = complete(alphabet, [Request("a", sampling)])
+    assert whole.text == text
+    assert whole.finish_reason == ("length" if text.endswith("l") else "stop")
+    events = list(alphabet.stream("a", sampling))
+    pieces = [event.text for event in events]
+    assert "".join(pieces) == text
+    assert tuple(event.token for event in events) == whole.tokens
+    assert events[-1].finish_reason == whole.finish_reason
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_a_stop_string_stops_its_own_row_only(alphabet):
+    requests = [
+        Request("a", Sampling(stop=("d",), max_new_tokens=13)),
+        Request("a", Sampling(stop=("k",), max_new_tokens=13)),
+        Request("a", Sampling(max_new_tokens=13)),
+    ]
+    texts = [c.text for c in complete(alphabet, requests)]
+    assert texts == ["bc", "bcdefgéhij", "bcdefgéhijkl"]
+
+
+def test_eos_ends_the_text_and_is_a_token_but_no_text(engine):
+    sampler = scripted("bcdefghi", engine.tokenizer, eos_after=3)
+    scripts = Engine(engine.model, engine.params, engine.tokenizer, slots=2, sampler=sampler)
+    eos = engine.tokenizer.eos_id
+    through = Sampling(ignore_eos=True, max_new_tokens=5)
+    ended, ignored = complete(scripts, [Request("a"), Request("a", through)])
+    assert ended.finish_reason == "eos"
+    assert ended.tokens == (*engine.tokenizer.encode("bcd"), eos)
+    assert ended.text == "bcd"
+    assert ignored.finish_reason == "length"
+    assert ignored.tokens == (*engine.tokenizer.encode("bcd"), eos, eos)
+    assert ignored.text == "bcd<|endoftext|><|endoftext|>"
+
+
+def test_rows_of_a_padded_vocabulary_are_never_drawn(engine):
+    hot = Sampling(temperature=50, max_new_tokens=40, ignore_eos=True)
+    completions = complete(engine, [Request("a", hot, id=str(i)) for i in range(10)])
+    drawn = {token for completion in completions for token in completion.tokens}
+    assert len(drawn) > 150
+    assert max(drawn) < engine.tokenizer.vocab_size < engine.model.config.vocab_size
+
+
+def test_score_is_the_reference_s_log_probability(engine):
+    tokens = engine.tokenizer.encode("flax mill")
+    first, *scores = engine.score(tokens, top=4)
+    assert (first.token, first.logprob, first.top) == (tokens[0], None, ())
+    logits_TV = reference.logits(engine.model.config, engine.params, [tokens])[0]
+    expected_TV = reference.log_softmax(logits_TV)
+    for t, score in enumerate(scores):
+        assert score.token == tokens[t + 1]
+        assert score.logprob == pytest.approx(expected_TV[t, tokens[t + 1]], abs=2e-5)
+        assert [id for id, _ in score.top] == np.argsort(-expected_TV[t])[:4].tolist()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "code", "says"),
+    [
+        ("", "prompt_empty", "at least one token"),
+        ([], "prompt_empty", "at least one token"),
+        ("x" * 62, "prompt_too_long", "62 tokens; the model's context is 61"),
+        ([3, 263], "token_out_of_range", "263 is outside the model's vocabulary of 263"),
+        ([-1], "token_out_of_range", "-1 is outside"),
+        ("\ud800", "bad_prompt", "not valid Unicode"),
+        ([1.5], "bad_prompt", "neither text nor a list of token ids"),
+        ([True], "bad_prompt", "neither text nor a list of token ids"),
+        (["a", "b"], "bad_prompt", "neither text nor a list of token ids"),
+        (None, "bad_prompt", "neither text nor a list of token ids"),
+        (7, "bad_prompt", "neither text nor a list of token ids"),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_a_request_that_cannot_be_served_has_a_stable_code(engine, prompt, code, says):
+    (result,) = engine.complete([Request(prompt)])
+    assert isinstance(result, RequestError)
+    assert (result.code, says in str(result), "\n" in str(result)) == (code, True, False)
+    with pytest.raises(RequestError) as caught:
+        engine.generate(["fine", prompt])
+    assert caught.value.code == code
+    with pytest.raises(RequestError):
+        engine.stream(prompt)
+
+
+def test_text_needs_a_tokenizer_and_ids_do_not(engine):
+    bare = Engine(engine.model, engine.params, slots=5)
+    text, ids = bare.complete([Request("flax"), Request([5, 6, 7], GREEDY)])
+    assert isinstance(text, RequestError)
+    assert text.code == "tokenizer_missing"
+    assert isinstance(ids, Completion)
+    assert ids.text == ""
+    assert len(ids.tokens) == 12
+
+
+def test_more_alternatives_than_the_vocabulary_are_all_of_it(engine):
+    (result,) = complete(engine, [Request("a", Sampling(max_new_tokens=1, logprobs=9999))])
+    assert result.logprobs is not None
+    assert len(result.logprobs[0].top) == engine.model.config.vocab_size
+    assert len(engine.score([1, 2], top=9999)[1].top) == engine.model.config.vocab_size
+
+
+def test_equal_shapes_compile_once(engine, varied):
+    """Other prompts, settings, seeds, lengths and numbers of rows find the program that `varied` compiled."""
+    programs: list[Any] = [engine_lib._start, engine_lib._go_on]
+    before = [program._cache_size() for program in programs]
+    assert before[0] > 0
+    for rows in (1, 4, 11):
+        complete(
+            engine,
+            [
+                Request("z" * (i + 1), Sampling(max_new_tokens=i + 1, seed=i, logprobs=3))
+                for i in range(rows)
+            ],
+        )
+    assert [program._cache_size() for program in programs] == before
+
+
+def test_generate_gives_the_texts_in_order(engine):
+    expected = [c.text for c in complete(engine, [Request(p, GREEDY) for p in PROMPTS])]
+    assert engine.generate(PROMPTS, GREEDY) == expected
+
+
+def test_bfloat16_parameters_generate(model):
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.params(model))
+    half = Engine(model, params, slots=2)
+    (completion,) = complete(half, [Request([1, 2, 3], GREEDY)])
+    assert len(completion.tokens) == 12
+    logits_BV = jax.jit(functools.partial(model.apply, dtype=jnp.bfloat16))(
+        params, jnp.array([[1, 2, 3]])
+    )[0, -1]
+    assert logits_BV[completion.tokens[0]] >= np.sort(logits_BV)[-2]  # a tie in bfloat16 may break
