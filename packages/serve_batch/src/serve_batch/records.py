@@ -184,7 +184,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
+    return type(value) in (int, float) and abs(value) < 2.0**127  # the engine's numbers are float32
 
 
 def _is_stop(value: Any) -> bool:
@@ -194,11 +194,11 @@ def _is_stop(value: Any) -> bool:
 
 _PARAMETERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "max_new_tokens": ("an integer", _is_integer),
-    "temperature": ("a number", _is_number),
+    "temperature": ("a number that a float holds", _is_number),
     "top_k": ("an integer", _is_integer),
-    "top_p": ("a number", _is_number),
-    "min_p": ("a number", _is_number),
-    "repetition_penalty": ("a number", _is_number),
+    "top_p": ("a number that a float holds", _is_number),
+    "min_p": ("a number that a float holds", _is_number),
+    "repetition_penalty": ("a number that a float holds", _is_number),
     "stop": ("a string or a list of strings", _is_stop),
     "seed": ("an integer", _is_integer),
     "ignore_eos": ("true or false", lambda value: isinstance(value, bool)),

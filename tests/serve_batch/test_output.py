@@ -1,0 +1,49 @@
+import pytest
+
+from serve_batch.output import OutputFolder, committing
+from serve_batch.plan import JobError
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "part.jsonl"
+    with committing(path) as file:
+        file.write(b"all of it")
+        assert not path.exists()
+    assert path.read_bytes() == b"all of it"
+    with pytest.raises(ZeroDivisionError), committing(path) as file:
+        file.write(b"half")
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"all of it"
+    assert [p.name for p in path.parent.iterdir()] == ["part.jsonl"]
+
+
+def test_a_folder_has_one_job_at_a_time(tmp_path):
+    folder = OutputFolder(tmp_path / "out")
+    with folder.lock():
+        with pytest.raises(JobError, match=r"another job \(process \d+ on .*\) is writing"):
+            folder.lock().__enter__()
+    with folder.lock():
+        pass
+    assert list(folder.path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_a_jobs_is_not_touched(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(JobError, match=r"holds 'thesis.tex' but no _plan.json"):
+        OutputFolder(tmp_path).check_ours()
+    with pytest.raises(JobError, match="is not a folder"):
+        OutputFolder(tmp_path / "thesis.tex").check_ours()
+
+
+def test_clearing_leaves_what_the_job_did_not_write(tmp_path):
+    folder = OutputFolder(tmp_path)
+    for name in ["_plan.json", "part-00000-of-00001.jsonl", "manifest.json", "notes.txt"]:
+        (tmp_path / name).write_text("x")
+    folder.clear()
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_plan_of_another_version_is_refused(tmp_path):
+    (tmp_path / "_plan.json").write_text('{"version": 2}')
+    with pytest.raises(JobError, match="not a plan that this version can read"):
+        OutputFolder(tmp_path).read_plan()

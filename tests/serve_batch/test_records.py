@@ -1,0 +1,167 @@
+import json
+
+import pytest
+from core import Completion, Sampling
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_batch import records
+from serve_batch.records import Prompt, RowError, Source
+
+DEFAULTS = Sampling(max_new_tokens=7, seed=5)
+
+
+def parse(line: bytes | dict, format: records.Format = "jsonl") -> Prompt | RowError:
+    line = json.dumps(line).encode() if isinstance(line, dict) else line
+    return records.parse(line, format, DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        (b"", "blank_line"),
+        (b"\n", "blank_line"),
+        (b"\r\n", "blank_line"),
+        (b'{"prompt": "\xff"}', "invalid_utf8"),
+        (b"x" * (records.MAX_LINE_BYTES + 1), "line_too_long"),
+        (b"not json", "bad_json"),
+        (b"   ", "bad_json"),
+        (b'{"prompt": "a"', "bad_json"),
+        (b'{"prompt": "a\x00"}', "bad_json"),
+        (b'{"prompt": "a", "x": NaN}', "bad_json"),
+        (b'{"prompt": "a", "x": 1e999}', "bad_json"),
+        (b'{"prompt": "a", "x": 1' + b"0" * 5000 + b"}", "bad_json"),
+        (b"[" * 100_000, "bad_json"),
+        (b'["prompt"]', "not_an_object"),
+        (b'"prompt"', "not_an_object"),
+        (b"null", "not_an_object"),
+        (b"17", "not_an_object"),
+        ({}, "prompt_missing"),
+        ({"prompt": None}, "prompt_missing"),
+        ({"prompt": 3}, "prompt_wrong_type"),
+        ({"prompt": ["a"]}, "prompt_wrong_type"),
+        (b'{"prompt": "\\ud800"}', "prompt_wrong_type"),
+        ({"token_ids": "1,2"}, "prompt_wrong_type"),
+        ({"token_ids": [1, 2.0]}, "prompt_wrong_type"),
+        ({"token_ids": [True]}, "prompt_wrong_type"),
+        ({"prompt": "a", "token_ids": [1]}, "prompt_ambiguous"),
+        ({"prompt": "a", "id": 1.5}, "bad_id"),
+        ({"prompt": "a", "id": True}, "bad_id"),
+        ({"prompt": "a", "id": ["x"]}, "bad_id"),
+        (b'{"prompt": "a", "id": "\\udfff"}', "bad_id"),
+        ({"prompt": "a", "temperature": "hot"}, "bad_parameter"),
+        ({"prompt": "a", "temperature": -1}, "bad_parameter"),
+        ({"prompt": "a", "temperature": 10**400}, "bad_parameter"),
+        ({"prompt": "a", "top_k": 1.5}, "bad_parameter"),
+        ({"prompt": "a", "top_k": True}, "bad_parameter"),
+        ({"prompt": "a", "max_new_tokens": -1}, "bad_parameter"),
+        ({"prompt": "a", "seed": 2**64}, "bad_parameter"),
+        ({"prompt": "a", "stop": ""}, "bad_parameter"),
+        ({"prompt": "a", "stop": ["a", 3]}, "bad_parameter"),
+        ({"prompt": "a", "ignore_eos": 1}, "bad_parameter"),
+        ({"prompt": "a", "n": 4}, "unsupported_field"),
+        ({"prompt": "a", "logprobs": 2}, "unsupported_field"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "unsupported_field"),
+    ],
+)
+def test_a_bad_line_is_an_error_with_a_stable_code(line, code):
+    error = parse(line)
+    assert isinstance(error, RowError)
+    assert error.code == code
+    assert error.message
+
+
+def test_a_prompt_carries_its_id_its_parameters_and_the_fields_that_nobody_knows():
+    own = {
+        "max_new_tokens": 3,
+        "temperature": 0,
+        "top_k": 2,
+        "top_p": 0.5,
+        "min_p": 0.1,
+        "repetition_penalty": 1.5,
+        "stop": ["\n", "END"],
+        "seed": 11,
+        "ignore_eos": True,
+    }
+    row = parse({"id": 7, "prompt": "a", **own, "label": {"gold": [1, None]}})
+    assert row == Prompt(
+        prompt="a",
+        sampling=Sampling(**own),
+        id=7,
+        input={"label": {"gold": [1, None]}},
+    )
+
+
+def test_null_and_absent_parameters_are_the_jobs():
+    assert parse({"prompt": "a", "top_k": None}) == parse({"prompt": "a"})
+    assert parse({"prompt": "a"}) == Prompt(prompt="a", sampling=DEFAULTS)
+
+
+def test_token_ids_are_a_prompt():
+    assert parse({"token_ids": [3, 1]}) == Prompt(prompt=(3, 1), sampling=DEFAULTS)
+
+
+def test_an_error_keeps_the_id_and_the_unknown_fields():
+    error = parse({"id": "x", "prompt": 3, "label": "gold"})
+    assert isinstance(error, RowError)
+    assert (error.id, error.input) == ("x", {"label": "gold"})
+
+
+@pytest.mark.parametrize("ending", [b"", b"\n", b"\r\n"])
+def test_a_text_line_is_a_prompt_to_the_last_space(ending):
+    expected = Prompt(prompt='  {"prompt": 1} \x00 \u2028', sampling=DEFAULTS)
+    assert parse(b'  {"prompt": 1} \x00 \xe2\x80\xa8' + ending, "text") == expected
+
+
+def test_the_longest_line_that_is_allowed_is_a_prompt():
+    assert isinstance(parse(b"x" * records.MAX_LINE_BYTES + b"\r\n", "text"), Prompt)
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=())),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(st.text(), json_values))
+def test_a_record_is_one_line_for_every_reader_and_reads_back_equal(fields):
+    line = records.to_line(fields)
+    assert json.loads(line) == fields
+    assert line.decode("utf-8").splitlines() == [line.decode("utf-8")[:-1]]
+
+
+@given(st.binary())
+def test_no_line_raises(line):
+    assert isinstance(parse(line), Prompt | RowError)
+    assert isinstance(parse(line, "text"), Prompt | RowError)
+
+
+def test_every_record_has_the_same_keys():
+    where = {"index": 3, "source": Source("a.jsonl", 20, 2), "model": {"name": "m"}}
+    completion = Completion(text="b", tokens=(5, 6), finish_reason="eos", prompt_tokens=(1, 2, 3))
+    prompt = Prompt(prompt="a", sampling=DEFAULTS, input={"label": 1})
+    error = RowError(code="bad_json", message="no")
+    ok, failed = records.record(prompt, completion, **where), records.record(error, error, **where)
+    assert list(ok) == list(failed)
+    assert ok | {"schema_version": 1} == {
+        "schema_version": 1,
+        "id": "a.jsonl:20",
+        "index": 3,
+        "source": {"file": "a.jsonl", "offset": 20, "line": 2},
+        "status": "ok",
+        "text": "b",
+        "token_ids": [5, 6],
+        "finish_reason": "eos",
+        "prompt_tokens": 3,
+        "completion_tokens": 2,
+        "error": None,
+        "seed": 5,
+        "model": {"name": "m"},
+        "input": {"label": 1},
+    }
+    assert failed["error"] == {"code": "bad_json", "message": "no"}
