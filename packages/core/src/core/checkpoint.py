@@ -104,8 +104,11 @@ def open(path: str | Path) -> ModelFolder:
         config = config_lib.from_dict(_read_json(path / "config.json"))
     except ConfigError as error:
         raise CheckpointError(f"{path / 'config.json'}: {error}") from error
+    shards = manifest.get("shards")
+    if not isinstance(shards, dict):
+        raise CheckpointError(f"{path / MANIFEST} names no shards; convert or copy the model again")
     tensors = {}
-    for shard, size in manifest["shards"].items():
+    for shard, size in shards.items():
         tensors |= _map_shard(path / shard, size)
     _check_names(path, config, tensors)
     return ModelFolder(path, config, manifest, {n: tensors[n] for n in config.tensors()})
@@ -280,23 +283,26 @@ def _map_shard(path: Path, expected_bytes: int) -> dict[str, np.ndarray]:
         raise CheckpointError(
             f"{path}: expected {expected_bytes} bytes, found {found}; convert or copy the model again"
         )
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    start = 8 + int.from_bytes(mapped[:8], "little")
     try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        start = 8 + int.from_bytes(mapped[:8], "little")
         header = json.loads(mapped[8:start])
         return {
-            name: np.frombuffer(
-                mapped,
-                _NUMPY_DTYPES[entry["dtype"]],
-                math.prod(entry["shape"]),
-                start + entry["data_offsets"][0],
-            ).reshape(entry["shape"])
+            name: _view(mapped, start, entry)
             for name, entry in header.items()
             if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: the safetensors header is damaged: {error}") from error
+
+
+def _view(mapped: mmap.mmap, start: int, entry: Mapping[str, Any]) -> np.ndarray:
+    dtype, shape = _NUMPY_DTYPES[entry["dtype"]], entry["shape"]
+    begin, end = entry["data_offsets"]
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{shape} of {dtype.name} do not fill {end - begin} bytes")
+    return np.frombuffer(mapped, dtype, math.prod(shape), start + begin).reshape(shape)
 
 
 def _check_names(path: Path, config: GPT2Config, tensors: Mapping[str, np.ndarray]) -> None:

@@ -1,0 +1,353 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.flax
+import safetensors.numpy
+from flax import traverse_util
+
+import core
+import tiny
+from core import axes, checkpoint
+from core.checkpoint import CheckpointError, TensorSpec
+from core.tokenizer import Tokenizer
+
+CONFIG = tiny.config()
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def flat(params: Any) -> dict[str, np.ndarray]:
+    return {n: np.asarray(x) for n, x in traverse_util.flatten_dict(params, sep=".").items()}
+
+
+def assert_same_bits(found: Any, expected: Any) -> None:
+    found, expected = flat(found), flat(expected)
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        assert found[name].dtype == x.dtype
+        assert found[name].tobytes() == x.tobytes(), name
+        assert found[name].shape == x.shape
+
+
+def cast(params: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def specs(dtype: str = "float32") -> list[TensorSpec]:
+    return [
+        TensorSpec(name, axes.shape(word, CONFIG.axes), dtype)
+        for name, word in CONFIG.tensors().items()
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path, params) -> Path:
+    checkpoint.save(tmp_path / "model", CONFIG, params, tokenizer=Tokenizer.characters("abc"))
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_saved_is_what_is_loaded_to_the_bit(tmp_path, params, dtype):
+    tokenizer = Tokenizer.characters("flax mill")
+    params = cast(params, dtype)
+    checkpoint.save(tmp_path / "model", CONFIG, params, tokenizer=tokenizer)
+    model, loaded, spoken = core.load(tmp_path / "model")
+    assert model == core.build(CONFIG)
+    assert_same_bits(loaded, params)
+    assert spoken is not None
+    assert spoken.encode("mill") == tokenizer.encode("mill")
+
+
+def test_loading_casts_if_asked(folder, params):
+    _, loaded, _ = core.load(folder, dtype=jnp.bfloat16)
+    assert_same_bits(loaded, cast(params, "bfloat16"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_jax_program_gets_the_params_in_two_lines(tmp_path, params, dtype):
+    checkpoint.save(tmp_path / "model", CONFIG, cast(params, dtype))
+    file = tmp_path / "model" / "model-00001-of-00001.safetensors"
+
+    tensors = safetensors.flax.load_file(file)
+    theirs = traverse_util.unflatten_dict(tensors, sep=".")
+
+    assert_same_bits(theirs, checkpoint.open(tmp_path / "model").params())
+    if (
+        dtype != "bfloat16"
+    ):  # a NumPy array of which needs ml_dtypes, of which safetensors knows nothing
+        in_numpy = safetensors.numpy.load_file(file)
+        assert_same_bits(traverse_util.unflatten_dict(in_numpy, sep="."), cast(params, dtype))
+
+
+def test_parameters_of_a_mapped_folder_compute(folder, model, params, apply):
+    tokens_BT = tiny.tokens(CONFIG, 2, 9)
+    _, loaded, _ = core.load(folder)
+    np.testing.assert_array_equal(apply(loaded, tokens_BT), apply(params, tokens_BT))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tensors_whose_size_divides_by_64_are_aligned_and_not_copied(tmp_path, params, dtype):
+    checkpoint.save(tmp_path / "model", CONFIG, cast(params, dtype))
+    opened = checkpoint.open(tmp_path / "model")
+    arrays: dict[str, Any] = traverse_util.flatten_dict(opened.params(), sep=".")
+    entries = opened.manifest["tensors"]
+    divisible = [name for name, x in opened.tensors.items() if x.nbytes % 64 == 0]
+    assert 5 < len(divisible) < len(entries)
+    for name in divisible:
+        assert entries[name]["offset"] % 64 == 0
+        address = opened.tensors[name].__array_interface__["data"][0]
+        assert address % 64 == 0
+        assert arrays[name].unsafe_buffer_pointer() == address, name
+
+
+def test_opened_tensors_cannot_be_written_to(folder):
+    tensors = checkpoint.open(folder).tensors
+    with pytest.raises(ValueError, match="read-only"):
+        tensors["ln_f.scale"][0] = 1
+
+
+def test_manifest_tells_of_every_byte(folder):
+    manifest = checkpoint.open(folder).manifest
+    assert manifest["parameters"] == CONFIG.parameter_count
+    assert list(manifest["tensors"]) == list(CONFIG.tensors())
+    for entry in manifest["tensors"].values():
+        data = (folder / entry["shard"]).read_bytes()[entry["offset"] :][: entry["nbytes"]]
+        (folder / "one").write_bytes(data)
+        assert checkpoint.sha256(folder / "one") == entry["sha256"]
+    for name, entry in manifest["files"].items():
+        assert checkpoint.sha256(folder / name) == entry["sha256"]
+    assert set(manifest["files"]) == {"tokenizer.json", "tokenizer_config.json"}
+
+
+def test_many_shards_hold_what_one_holds_and_none_is_too_large(tmp_path, params):
+    tensors, limit = flat(params), 10_000
+    checkpoint.write(
+        tmp_path / "many",
+        config=CONFIG,
+        specs=specs(),
+        read=lambda spec: tensors[spec.name],
+        shard_bytes=limit,
+    )
+    opened = checkpoint.open(tmp_path / "many")
+    assert_same_bits(opened.params(), params)
+    shards = opened.manifest["shards"]
+    assert len(shards) > 3
+    assert list(shards) == [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
+    ]
+    for shard in shards:
+        sizes = [e["nbytes"] for e in opened.manifest["tensors"].values() if e["shard"] == shard]
+        assert sum(sizes) <= limit or len(sizes) == 1
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path, folder, params):
+    checkpoint.save(tmp_path / "again", CONFIG, params, tokenizer=Tokenizer.characters("cba"))
+    assert contents(tmp_path / "again") == contents(folder)
+
+
+def test_writing_reads_each_tensor_once_and_reports_every_byte(tmp_path, params):
+    tensors, asked, written = flat(params), [], []
+
+    def read(spec: TensorSpec) -> np.ndarray:
+        asked.append(spec.name)
+        return tensors[spec.name]
+
+    checkpoint.write(
+        tmp_path / "model", config=CONFIG, specs=specs(), read=read, on_bytes=written.append
+    )
+    assert sorted(asked) == sorted(CONFIG.tensors())
+    assert sum(written) == 4 * CONFIG.parameter_count
+
+
+@pytest.mark.parametrize("error", [OSError("the source is gone"), KeyboardInterrupt()], ids=repr)
+def test_an_interrupted_write_leaves_nothing_and_harms_nothing(folder, error):
+    before, neighbours = contents(folder), sorted(folder.parent.iterdir())
+
+    def read(spec: TensorSpec) -> np.ndarray:
+        if spec.name == "ln_f.scale":
+            raise error
+        return np.zeros(spec.shape, np.float32)
+
+    for path, overwrite in ((folder, True), (folder.parent / "new", False)):
+        with pytest.raises(type(error)):
+            checkpoint.write(path, config=CONFIG, specs=specs(), read=read, overwrite=overwrite)
+    assert contents(folder) == before
+    assert sorted(folder.parent.iterdir()) == neighbours
+
+
+def test_an_existing_folder_is_kept_unless_overwriting(folder, params):
+    before = contents(folder)
+    doubled = jax.tree.map(lambda x: 2 * x, params)
+    with pytest.raises(CheckpointError, match="exists; choose another folder or pass --overwrite"):
+        checkpoint.save(folder, CONFIG, doubled)
+    assert contents(folder) == before
+    mapped = checkpoint.open(folder)
+    checkpoint.save(folder, CONFIG, doubled, overwrite=True)
+    assert_same_bits(checkpoint.open(folder).params(), doubled)
+    assert_same_bits(mapped.params(), params)  # who had it open still sees the old
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_remains_of_a_killed_write_are_no_model_and_do_not_hinder(folder, params):
+    partial = folder.with_name("other.partial")
+    shutil.copytree(folder, partial)
+    (partial / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
+        checkpoint.open(partial)
+    checkpoint.save(folder.with_name("other"), CONFIG, params)
+    assert not partial.exists()
+
+
+def damage(folder: Path, kind: str) -> None:
+    shard, config = folder / "model-00001-of-00001.safetensors", folder / "config.json"
+    manifest = folder / "manifest.json"
+    match kind:
+        case "no folder":
+            shutil.rmtree(folder)
+        case "a file":
+            shutil.rmtree(folder)
+            folder.write_text("not a folder")
+        case "no manifest":
+            manifest.unlink()
+        case "manifest of another format":
+            manifest.write_text(json.dumps({"format_version": 99}))
+        case "manifest without shards":
+            manifest.write_text(json.dumps({"format_version": 1}))
+        case "manifest not JSON":
+            manifest.write_text("{")
+        case "manifest no object":
+            manifest.write_text("[]")
+        case "no shard":
+            shard.unlink()
+        case "truncated shard":
+            shard.write_bytes(shard.read_bytes()[:-1])
+        case "damaged header":
+            shard.write_bytes(shard.read_bytes().replace(b'"dtype"', b'"dtipe"', 1))
+        case "header of another kind":
+            size = int.from_bytes(shard.read_bytes()[:8], "little")
+            shard.write_bytes(
+                shard.read_bytes()[:8] + b"[]".ljust(size) + shard.read_bytes()[8 + size :]
+            )
+        case "offsets of another size":
+            shard.write_bytes(shard.read_bytes().replace(b'offsets":[0,', b'offsets":[9,', 1))
+        case "no config":
+            config.unlink()
+        case "unknown config key" | "wrong shape" | "another family" | "missing tensor":
+            change = {
+                "unknown config key": {"n_heads": 4},
+                "wrong shape": {"n_inner": 95},
+                "another family": {"family": "llama"},
+                "missing tensor": {"tie_word_embeddings": False},
+            }[kind]
+            config.write_text(json.dumps(json.loads(config.read_text()) | change))
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("no folder", "no such model folder; make one with"),
+        ("a file", "no such model folder; make one with"),
+        ("no manifest", "manifest.json is missing"),
+        ("manifest of another format", "format_version is 99, this version reads 1"),
+        ("manifest without shards", "names no shards"),
+        ("manifest not JSON", "manifest.json is not JSON"),
+        ("manifest no object", "should hold a JSON object"),
+        ("no shard", "00001-of-00001.safetensors is missing; convert or copy the model again"),
+        ("truncated shard", "bytes, found"),
+        ("damaged header", "the safetensors header is damaged"),
+        ("header of another kind", "the safetensors header is damaged"),
+        ("offsets of another size", "do not fill"),
+        ("no config", "config.json is missing"),
+        ("unknown config key", "unknown key 'n_heads' (did you mean 'n_head'?)"),
+        ("wrong shape", "blocks.0.mlp.up.kernel should be [24, 95], is [24, 96]"),
+        ("another family", "family is 'llama'; expected one of gpt2"),
+        ("missing tensor", "missing lm_head.kernel"),
+    ],
+)
+def test_a_damaged_folder_is_one_clear_error(folder, kind, says):
+    damage(folder, kind)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.open(folder)
+    assert says in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: [*s[:-1]], "missing ln_f.bias"),
+        (lambda s: [*s, s[0]], "planned twice"),
+        (lambda s: [TensorSpec("h.0.x", (2,), "float32"), *s], "not expected h.0.x"),
+        (lambda s: [TensorSpec(s[0].name, (24, 97), "float32"), *s[1:]], "[97, 24], is [24, 97]"),
+        (lambda s: [TensorSpec(s[0].name, s[0].shape, "float64"), *s[1:]], "would not be float32"),
+    ],
+    ids=["missing", "twice", "unknown", "wrong shape", "unplanned dtype"],
+)
+def test_a_plan_that_is_not_the_configuration_s_writes_nothing(tmp_path, change, says):
+    def read(spec: TensorSpec) -> np.ndarray:
+        raise AssertionError("asked for a tensor")
+
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.write(tmp_path / "model", config=CONFIG, specs=change(specs()), read=read)
+    assert says in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [np.zeros((24, 97), np.float32), np.zeros((97, 24), np.float16)],
+    ids=["shape", "dtype"],
+)
+def test_an_array_that_is_not_as_planned_writes_nothing(tmp_path, wrong):
+    with pytest.raises(CheckpointError, match=r"wte\.embedding: expected float32\[97, 24\], was"):
+        checkpoint.write(
+            tmp_path / "model", config=CONFIG, specs=specs()[:], read=lambda spec: wrong
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_another_model_s_parameters_names_the_difference(tmp_path, params):
+    with pytest.raises(CheckpointError, match=r"missing lm_head\.kernel; not expected nothing"):
+        checkpoint.save(tmp_path / "model", tiny.config(tie_word_embeddings=False), params)
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.mlp\.down\.kernel should be \[50, 24\]"):
+        checkpoint.save(tmp_path / "model", tiny.config(n_inner=50), params)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_opening_takes_no_memory_of_its_own(tmp_path):
+    """40 MB of parameters: what the process holds privately grows by less than a twentieth of that."""
+    config = tiny.config(vocab_size=50_000, n_embd=192, n_head=3)
+    checkpoint.write(
+        tmp_path / "big",
+        config=config,
+        specs=[
+            TensorSpec(n, axes.shape(w, config.axes), "float32")
+            for n, w in config.tensors().items()
+        ],
+        read=lambda spec: np.zeros(spec.shape, np.float32),
+    )
+    before = _private_bytes()
+    opened = checkpoint.open(tmp_path / "big")
+    params = opened.params()
+    assert sum(x.nbytes for x in jax.tree.leaves(params)) > 40e6
+    assert _private_bytes() - before < 2e6
+
+
+def _private_bytes() -> int:
+    """Anonymous memory of this process, from /proc; pages of a mapped file do not count."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("needs /proc/self/status")
+    (line,) = [line for line in status.read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024
