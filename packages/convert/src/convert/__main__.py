@@ -6,7 +6,6 @@
 A model known by name is read from models/src/NAME where that folder exists, and downloaded otherwise.
 """
 
-
 from absl import flags
 
 from convert import door

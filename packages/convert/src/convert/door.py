@@ -29,7 +29,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except flags.Error as error:
         _fail(str(error), 2)
     if flags.FLAGS["verbosity"].using_default_value:
-        flags.FLAGS.verbosity = logging.WARNING  # absl's own default lets libraries report every request
+        flags.FLAGS.verbosity = (
+            logging.WARNING
+        )  # absl's own default lets libraries report every request
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; every option is a --flag=value", 2)
     return rest

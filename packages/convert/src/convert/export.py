@@ -6,6 +6,10 @@ python -m convert.export --model=DIR --to=hf --out=PATH
 if __name__ != "__main__":
     raise ImportError("convert.export is a function; this file is its command line")
 
+import json
+import sys
+from pathlib import Path
+
 from absl import flags
 
 import convert
@@ -21,6 +25,10 @@ def main() -> None:
     if not _MODEL.value or not _OUT.value:
         raise door.Usage("give --model=DIR and --out=PATH")
     print(convert.export(_MODEL.value, to=_TO.value, out=_OUT.value, overwrite=_OVERWRITE.value))
+    if not json.loads((Path(_MODEL.value) / "config.json").read_text())["use_bias"]:
+        sys.stderr.write(
+            "note: the model has no biases; the export has zeros, as GPT2LMHeadModel needs them\n"
+        )
 
 
 door.run(main)

@@ -56,6 +56,10 @@ def open_source(path: str | Path, *, format: str = "auto") -> Source:
         raise ConvertError(f"{path}: no such file or folder")
     if format not in ("auto", "hf"):
         raise ConvertError(f"format {format!r} is not one of auto, hf")
+    if _is_model_folder(path if path.is_dir() else path.parent):
+        raise ConvertError(
+            f"{path}: already a model folder; use it as it is, or write another format with convert.export"
+        )
     if safetensors.recognizes(path):
         return safetensors.open_folder(path)
     raise ConvertError(f"{path}: {_seen(path)}; expected {safetensors.EXPECTED}")
@@ -70,6 +74,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConvertError(f"{path}: holds a JSON {type(value).__name__}; expected an object")
     return value
+
+
+def _is_model_folder(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file() and "family" in read_json(folder / "config.json")
 
 
 def _seen(path: Path) -> str:

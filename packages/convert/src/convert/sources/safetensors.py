@@ -126,12 +126,7 @@ def read_file(path: Path) -> dict[str, SourceTensor]:
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise ConvertError(f"{folder}: no {CONFIG}; it says what the tensors are, so put it there")
-    config = read_json(folder / CONFIG)
-    if "family" in config and "model_type" not in config:
-        raise ConvertError(
-            f"{folder}: already a model folder; it can be used as it is, or exported with convert.export"
-        )
-    return config
+    return read_json(folder / CONFIG)
 
 
 def _read_shards(folder: Path) -> tuple[dict[str, SourceTensor], list[Path]]:
