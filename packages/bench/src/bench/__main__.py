@@ -7,8 +7,14 @@ import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import app, flags
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bench.workloads import Workload
 
 _SUITE = flags.DEFINE_enum(
     "suite",
@@ -27,7 +33,7 @@ _ONLY = flags.DEFINE_string(
 def main(argv: list[str]) -> int:
     if argv[1:]:
         return _fail(f"unexpected argument {argv[1]!r}; flags are written --flag=value", code=2)
-    from bench import gate, run, workloads
+    from bench import workloads
 
     suite = workloads.SUITES[_SUITE.value]
     try:
@@ -37,6 +43,12 @@ def main(argv: list[str]) -> int:
     if not chosen:
         names = ", ".join(w.name for w in suite)
         return _fail(f"--only={_ONLY.value} matches none of {names}", code=2)
+    return _run(chosen)
+
+
+def _run(chosen: "Sequence[Workload]") -> int:
+    from bench import gate, run
+
     try:
         failures, paths = run.run(
             chosen,
@@ -67,6 +79,8 @@ def _fail(message: str, *, code: int) -> int:
 def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
+    except SystemExit as shown:
+        raise SystemExit(0) from shown  # absl ends --help with 1
     except flags.Error as error:
         sys.exit(_fail(str(error).replace("\n", " "), code=2))
 

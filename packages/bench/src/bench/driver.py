@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from bench import comparison, weights
+from bench import comparison, machine, weights
 from bench.peers.contestants import Contestant
 from bench.peers.process import Worker, WorkerError
 from bench.workloads import Shape, Workload
@@ -28,7 +28,8 @@ TIMEOUT_S = 300.0
 class Row:
     """One contestant on one workload. `turns` holds the seconds of every call, a list for each turn.
 
-    "wrong" disagrees with the reference, "failed" broke, "not run" has no environment; `reason` says more.
+    "wrong" disagrees with the reference, "failed" broke, "not run" has no environment; `reason` says more. `neighbours`
+    is the share of all cores that others used meanwhile: on a busy machine threads that wait for each other starve.
     """
 
     workload: Workload
@@ -37,6 +38,7 @@ class Row:
     reason: str = ""
     first_call_s: float | None = None
     difference: float | None = None
+    neighbours: float | None = None
     turns: tuple[tuple[float, ...], ...] = ()
 
     @property
@@ -56,8 +58,9 @@ class Field:
         scratch: Path,
         logs: Path,
         timeout_s: float = TIMEOUT_S,
+        turn_s: float = TURN_S,
     ) -> None:
-        self.contestants = contestants
+        self.contestants, self.turn_s = contestants, turn_s
         self.hellos: dict[str, dict[str, Any]] = {}
         self._env, self._scratch, self._logs, self._timeout_s = env, scratch, logs, timeout_s
         self._workers: dict[str, Worker] = {}
@@ -155,12 +158,15 @@ class _Race:
                 reference = reference or outputs
                 self._check(contestant, reference, outputs)
                 self.repeats[contestant] = self._repeats(contestant)
+        neighbours = machine.Neighbours()
         for turn in range(self.workload.rounds):
             order = list(self.repeats)
             for contestant in order if turn % 2 == 0 else order[::-1]:
                 self.advance(contestant.name)
                 with self._reported(contestant):
                     self._turn(contestant)
+        for contestant in self.repeats:
+            self._set(contestant, neighbours=neighbours.share())
         return list(self.rows.values())
 
     @contextlib.contextmanager
@@ -193,7 +199,7 @@ class _Race:
 
     def _repeats(self, contestant: Contestant) -> int:
         (once_s,) = self.field.ask(contestant, "run", repeats=1, warm=False)["seconds"]
-        return min(MAX_REPEATS, math.ceil(TURN_S / once_s))
+        return min(MAX_REPEATS, math.ceil(self.field.turn_s / once_s))
 
     def _turn(self, contestant: Contestant) -> None:
         repeats = self.repeats[contestant]

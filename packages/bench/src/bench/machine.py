@@ -1,7 +1,9 @@
 """The machine under the benchmark, in words, and how busy others keep it."""
 
+import contextlib
 import os
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,49 @@ def threads() -> int:
 
 
 def describe() -> dict[str, Any]:
-    """Returns the facts that figures depend on. Takes a second, to see how busy the cores are without us."""
+    """Returns the facts that figures depend on."""
     return {
         "cpu": _cpu(),
         "threads": threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "busy_before": psutil.cpu_percent(interval=1.0) / 100,
     }
+
+
+class Neighbours:
+    """Measures what share of all cores others use from now on: everyone but this process and those it started."""
+
+    def __init__(self) -> None:
+        self._clock, self._others_s = time.perf_counter(), _others_s()
+
+    def share(self) -> float:
+        elapsed = time.perf_counter() - self._clock
+        used_s = _others_s() - self._others_s
+        return max(0.0, used_s / elapsed / (psutil.cpu_count() or 1))
+
+
+def _others_s() -> float:
+    """Returns the seconds of all cores spent since the start of the machine on processes that are not ours.
+
+    Time stolen from a virtual machine is another's too.
+    """
+    times = psutil.cpu_times()
+    idle = times.idle + getattr(times, "iowait", 0.0)
+    guests = getattr(times, "guest", 0.0) + getattr(
+        times, "guest_nice", 0.0
+    )  # counted as user already
+    return sum(times) - idle - guests - ours_s()
+
+
+def ours_s() -> float:
+    """Returns the seconds of all cores that this process and those it started have used."""
+    me = psutil.Process()
+    total = 0.0
+    for process in (me, *me.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # gone in the meantime
+            total += sum(process.cpu_times()[:4])  # of its own, and of its children that have ended
+    return total
 
 
 def _cpu() -> str:

@@ -24,7 +24,7 @@ COLUMNS = (
     "median",
     "middle half",
     "flaxmill is",
-    "of the limit",
+    "limit",
     "first call",
     "agrees",
 )
@@ -131,7 +131,7 @@ def _replace(path: Path, content: bytes) -> Path:
 
 def show(report: Report) -> None:
     """Prints the table, what did not run and why, and the gate's verdict to stdout."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 130)
     table = Table(title=_headline(report), title_justify="left", header_style="bold")
     for i, name in enumerate(("workload", *COLUMNS)):
         table.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
@@ -216,8 +216,8 @@ def _cells(report: Report, row: Row) -> tuple[str, ...]:
     return (
         row.contestant,
         f"{_short(found.value)} {row.workload.unit}",
-        f"{_short(found.low)} - {_short(found.high)}",
-        f"{_times(speedup)} ({speedup.low:.2f} - {speedup.high:.2f})" if speedup else "",
+        f"{_short(found.low)}-{_short(found.high)}",
+        f"{_times(speedup)} ({speedup.low:.2f}-{speedup.high:.2f})" if speedup else "",
         f"{share:.0%}" if share else "",
         f"{row.first_call_s:.2f} s" if row.first_call_s is not None else "",
         f"to {row.difference:.0e}"
@@ -254,10 +254,11 @@ def _circumstances(report: Report) -> list[str]:
         f"{facts['system']}, Python {facts['python']}",
         ", ".join(f"{name} {version}" for name, version in _versions(report).items()),
     ]
-    if facts["busy_before"] > machine.BUSY:
+    busy = max((row.neighbours or 0.0 for row in report.rows), default=0.0)
+    if busy > machine.BUSY:
         lines.append(
-            f"THE MACHINE WAS BUSY: others used {facts['busy_before']:.0%} of its cores before the start, so the "
-            "figures are not to be trusted"
+            f"THE MACHINE WAS BUSY: others used up to {busy:.0%} of its cores meanwhile, so figures and ratios are "
+            "not to be trusted"
         )
     return [line for line in lines if line]
 
@@ -303,6 +304,6 @@ def _verdict(report: Report) -> list[str]:
         elif verdict.outcome != "passed" and found:
             lines.append(
                 f"gate: {verdict.workload} {verdict.outcome}: {found.value:.2f}x "
-                f"({found.minimum:.2f} - {found.maximum:.2f}), asked for {asked}"
+                f"({found.minimum:.2f}-{found.maximum:.2f}), asked for {asked}"
             )
     return lines

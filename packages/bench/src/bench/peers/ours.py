@@ -2,7 +2,6 @@
 
 import functools
 import importlib.metadata
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,9 +70,7 @@ class Forward:
         self.logits_BTV = jax.block_until_ready(self.apply(self.params, self.tokens_BT))
 
     def outputs(self) -> Mapping[str, Any]:
-        _, length, vocab = self.logits_BTV.shape
-        times, ids = protocol.sampled(length, 8), protocol.sampled(vocab, 256)
-        return {"logits": np.asarray(self.logits_BTV)[:, times][..., ids].ravel().tolist()}
+        return {"logits": _sampled(self.logits_BTV)}
 
 
 class Generate:
@@ -124,17 +121,25 @@ class Train:
 
 
 class Open:
+    """Loading and one pass: mapped files are read when they are first used, so loading alone would say little."""
+
     def __init__(self, workload: Workload, folder: Path) -> None:
         self.folder = folder
+        self.apply = jax.jit(core.load(folder)[0].apply)
+        self.tokens_BT = jnp.asarray(workload.tokens(), jnp.int32)
 
     def call(self) -> None:
         _, params, _ = core.load(self.folder)
-        self.params = jax.block_until_ready(params)
+        self.logits_BTV = jax.block_until_ready(self.apply(params, self.tokens_BT))
 
     def outputs(self) -> Mapping[str, Any]:
-        leaves = jax.tree.leaves(self.params)
-        squares = (float(np.square(np.asarray(x), dtype=np.float64).sum()) for x in leaves)
-        return {"norm": [math.sqrt(math.fsum(squares))]}
+        return {"logits": _sampled(self.logits_BTV)}
+
+
+def _sampled(logits_BTV: jax.Array) -> list[float]:
+    _, length, vocab = logits_BTV.shape
+    times, ids = protocol.sampled(length, 8), protocol.sampled(vocab, 256)
+    return np.asarray(logits_BTV)[:, times][..., ids].ravel().tolist()
 
 
 def main() -> None:

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+DEATH_S = 10.0  # from the end of its answers to the end of a process
+
 
 class WorkerError(Exception):
     """A contestant could not answer; the text says why. `lost` tells that its process is gone."""
@@ -24,7 +26,11 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """A contestant's process. Use it as a context manager, so that no process outlives the run."""
+    """A contestant's process. Use it as a context manager, so that no process outlives the run.
+
+    Raises:
+      WorkerError: the command cannot be started.
+    """
 
     def __init__(
         self, command: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path
@@ -32,18 +38,21 @@ class Worker:
         self._log = log
         self._closed = False
         with log.open("ab") as stderr:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env=dict(env),
-                cwd=cwd,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-                start_new_session=True,  # so that a hanging compiler dies with the worker that started it
-            )
+            try:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    env=dict(env),
+                    cwd=cwd,
+                    text=True,
+                    encoding="utf-8",
+                    errors="replace",
+                    start_new_session=True,  # so that a hanging compiler dies with the worker that started it
+                )
+            except OSError as error:
+                raise WorkerError(f"cannot be started: {error}", lost=True) from error
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -98,7 +107,7 @@ class Worker:
     def _death(self) -> str:
         """Says how the process ended, with the last thing it wrote to stderr."""
         try:
-            code = self._process.wait(timeout=10)
+            code = self._process.wait(timeout=DEATH_S)
         except subprocess.TimeoutExpired:
             return "closed its stdout without an answer; stopped"
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"

@@ -1,0 +1,78 @@
+import re
+
+import pytest
+
+from bench import gate
+from bench.driver import Row, Status
+from bench.gate import Threshold
+from bench.peers.contestants import OURS
+from bench.workloads import CI, FULL
+
+WORKLOAD = CI[0]
+
+
+def row(contestant: str, *seconds: float, status: Status = "measured", reason: str = "") -> Row:
+    turns = tuple((s,) for s in seconds)
+    return Row(workload=WORKLOAD, contestant=contestant, status=status, reason=reason, turns=turns)
+
+
+def verdict(*rows: Row, at_least: float = 0.9) -> gate.Verdict:
+    (found,) = gate.judge(rows, [Threshold(WORKLOAD.name, "peer", at_least)])
+    return found
+
+
+def test_level_with_the_peer_passes():
+    assert verdict(row(OURS, 1, 1, 1), row("peer", 1, 1, 1)).outcome == "passed"
+
+
+def test_a_slowdown_beyond_the_noise_fails():
+    found = verdict(row(OURS, 2.0, 2.1, 2.2), row("peer", 1.0, 1.1, 1.0))
+    assert found.outcome == "failed"
+    assert found.speedup is not None
+    assert found.speedup.value == pytest.approx(1.0 / 2.1)
+
+
+def test_a_median_below_the_threshold_is_unclear_while_any_pair_lies_above():
+    assert verdict(row(OURS, 2.0, 2.0, 1.0), row("peer", 1, 1, 1)).outcome == "unclear"
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([row(OURS, 1)], "peer does not take part"),
+        ([row(OURS, 1), row("peer", status="not run", reason="absent")], "peer: not run"),
+        ([row(OURS, status="failed"), row("peer", 1)], f"{OURS}: failed"),
+    ],
+)
+def test_what_was_not_measured_is_not_judged_and_says_so(rows, reason):
+    found = verdict(*rows)
+    assert (found.outcome, found.reason) == ("not judged", reason)
+
+
+def test_workloads_without_a_threshold_get_no_verdict():
+    assert gate.judge([row(OURS, 1), row("peer", 9)], [Threshold("decode-.*", "peer", 1)]) == []
+
+
+def test_every_ci_workload_is_guarded_and_no_threshold_is_idle():
+    thresholds = gate.load()
+    unguarded = [
+        w.name
+        for w in (*CI, *FULL)
+        if not any(re.fullmatch(t.workload, w.name) for t in thresholds)
+    ]
+    assert unguarded in ([], ["open-3.4M"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[[threshold]]\nworkload = "decod-.*"\nagainst = "x"\nat_least = 1', "'decod-.*'"),
+        ('[[threshold]]\nworkload = "decode-.*"\nat_least = 1', "against"),
+        ("[[threshold", "toml"),
+    ],
+)
+def test_thresholds_that_guard_nothing_are_an_error(tmp_path, text, message):
+    path = tmp_path / "gate.toml"
+    path.write_text(text)
+    with pytest.raises(gate.GateError, match=message):
+        gate.load(path)

@@ -1,0 +1,78 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from bench.workloads import FULL, GPT2_124M, SUITES, Workload
+from core.config import GPT2Config
+
+EVERY = {w.name: w for suite in SUITES.values() for w in suite}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_name_means_one_workload(suite):
+    names = [w.name for w in SUITES[suite]]
+    assert len(names) == len(set(names))
+    # Suites may differ in how often they look, never in what a name means.
+    for w in SUITES[suite]:
+        assert dataclasses.replace(EVERY[w.name], rounds=w.rounds) == w
+
+
+@pytest.mark.parametrize("workload", EVERY.values(), ids=str)
+def test_a_workload_fits_its_model_and_survives_json(workload: Workload):
+    assert Workload.from_dict(json.loads(json.dumps(workload.to_dict()))) == workload
+    tokens = workload.tokens()
+    assert len(tokens) == workload.batch
+    assert {len(row) for row in tokens} == {workload.length + (workload.kind == "train")}
+    assert all(0 <= token < workload.shape.vocab_size for row in tokens for token in row)
+    assert workload.length + workload.new_tokens <= workload.shape.n_positions
+
+
+def test_every_process_draws_the_same_tokens():
+    code = f"from bench.workloads import FULL; print(FULL[{len(FULL) - 3}].tokens())"
+    other = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert json.loads(other.stdout) == FULL[-3].tokens()
+
+
+def test_the_124m_shape_is_gpt2():
+    config = GPT2Config.from_hf(GPT2_124M.hf_config())
+    assert config.parameter_count == GPT2Config().parameter_count == 124_439_808
+
+
+def test_the_small_shapes_have_the_sizes_in_their_names():
+    counts = {
+        w.shape.name: GPT2Config.from_hf(w.shape.hf_config()).parameter_count
+        for w in EVERY.values()
+    }
+    assert f"{counts['3.4M'] / 1e6:.1f}M" == "3.4M"
+    assert f"{counts['0.8M'] / 1e6:.1f}M" == "0.8M"
+
+
+def test_a_small_forward_costs_the_operations_counted_by_hand():
+    # 10 tokens through 4 blocks of 12 * 256^2 weights and a head of 512 * 256, two operations each; attention:
+    # 4 layers, scores and values, 55 causal pairs, 256 products and sums each.
+    (phase,) = EVERY["forward-3.4M-t10"].phases()
+    assert phase.flops == 10 * 2 * (4 * 12 * 256**2 + 512 * 256) + 4 * 2 * 55 * 2 * 256
+
+
+def test_decode_at_batch_one_is_bound_by_reading_the_weights():
+    workload = EVERY["decode-124M-b1-n32"]
+    floor_s = workload.floor_s(flops_per_s=400e9, bytes_per_s=40e9)
+    assert floor_s is not None
+    weights_s = 32 * 494e6 / 40e9
+    assert weights_s < floor_s < 1.2 * weights_s
+
+
+def test_limits_that_were_not_measured_are_not_claimed():
+    assert EVERY["decode-3.4M-b8-n32"].floor_s(flops_per_s=1e9, bytes_per_s=1e9) is None
+    assert EVERY["open-124M"].floor_s(flops_per_s=1e9, bytes_per_s=1e9) is None
+
+
+def test_tokens_per_second_counts_every_row():
+    workload = EVERY["decode-124M-b8-n32"]
+    assert (workload.figure(2.0), workload.unit) == (128.0, "tokens/s")
+    assert EVERY["forward-124M-t64"].figure(0.25) == 250.0
