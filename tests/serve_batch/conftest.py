@@ -3,8 +3,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import core
 import pytest
+
+import core
 import tiny
 from core import checkpoint
 

@@ -10,18 +10,20 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         file.write(b"all of it")
         assert not path.exists()
     assert path.read_bytes() == b"all of it"
-    with pytest.raises(ZeroDivisionError), committing(path) as file:
-        file.write(b"half")
-        raise ZeroDivisionError
+    failing = committing(path)
+    failing.__enter__().write(b"half")
+    assert not failing.__exit__(OSError, OSError("disk full"), None)
     assert path.read_bytes() == b"all of it"
     assert [p.name for p in path.parent.iterdir()] == ["part.jsonl"]
 
 
 def test_a_folder_has_one_job_at_a_time(tmp_path):
     folder = OutputFolder(tmp_path / "out")
-    with folder.lock():
-        with pytest.raises(JobError, match=r"another job \(process \d+ on .*\) is writing"):
-            folder.lock().__enter__()
+    with (
+        folder.lock(),
+        pytest.raises(JobError, match=r"another job \(process \d+ on .*\) is writing"),
+    ):
+        folder.lock().__enter__()
     with folder.lock():
         pass
     assert list(folder.path.iterdir()) == []

@@ -2,10 +2,10 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from core import Sampling
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from core import Sampling
 from serve_batch import plan as plan_lib
 from serve_batch import shards
 from serve_batch.plan import Input, JobError, Plan
@@ -174,7 +174,7 @@ def test_a_file_that_grows_meanwhile_is_refused(tmp_path):
 def test_changes_are_named(tmp_path):
     write(tmp_path, a=b"1\n", b=b"2\n", c=b"3\n")
     plan = make(tmp_path, 2)
-    a, b, c = plan.inputs
+    a, _, c = plan.inputs
     assert plan_lib.changes(plan, tmp_path, plan.inputs, FINGERPRINT) == []
     now = [a._replace(mtime_ns=1), c, Input("d.txt", 1, 1)]
     assert plan_lib.changes(plan, tmp_path, now, {**FINGERPRINT, "seed": 4}) == [

@@ -1,10 +1,10 @@
 import json
 
 import pytest
-from core import Completion, Sampling
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core import Completion, Sampling
 from serve_batch import records
 from serve_batch.records import Prompt, RowError, Source
 

@@ -166,7 +166,6 @@ def _settle(
     """Returns the plan to carry out: the one that is there, if it is this job's, else a new one, written down."""
     if overwrite:
         folder.clear()
-    folder.remove_leftovers()
     plan = folder.read_plan()
     if plan is None:
         plan = plan_lib.make(root, inputs, shard_size=shard_size, fingerprint=fingerprint)
@@ -177,6 +176,7 @@ def _settle(
             f"{folder.path} belongs to another job: {'; '.join(changes[:4])}; "
             "choose another output folder, or start anew with --overwrite"
         )
+    folder.remove_leftovers()
     return plan
 
 

@@ -96,7 +96,7 @@ def unfinished(job: Job) -> Iterator[int]:
             yield shard.number
 
 
-def run(job: Job, runner: PipelineRunner, options: PipelineOptions) -> None:
+def run(job: Job, runner: PipelineRunner | str, options: PipelineOptions) -> None:
     """Runs the pipeline of `job` to its end."""
     with beam.Pipeline(runner=runner, options=options) as pipeline:
         _ = (

@@ -1,0 +1,418 @@
+"""The whole job in this process: real engine, real Beam."""
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+
+import pytest
+
+import core
+import serve_batch
+from serve_batch import host, records, runners
+from serve_batch import plan as plan_lib
+from serve_batch.output import OutputFolder
+from serve_batch.shards import Job
+
+SAMPLED = core.Sampling(max_new_tokens=6, temperature=0.9, top_k=40, seed=3)
+DIRTY = [
+    b'{"prompt": "cut of',
+    b'["not", "an", "object"]',
+    b'{"text": "no prompt"}',
+    b'{"prompt": 17}',
+    b"\xff\xfe",
+]
+DIRTY_CODES = ["bad_json", "not_an_object", "prompt_missing", "prompt_wrong_type", "invalid_utf8"]
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    """`serve_batch.run` on the test's input, with 4 slots and small shards."""
+
+    def call(**arguments):
+        defaults = {
+            "model": model,
+            "input": tmp_path / "input" / "*",
+            "output": tmp_path / "out",
+            "sampling": SAMPLED,
+            "slots": 4,
+            "shard_size": 16,
+        }
+        return serve_batch.run(**(defaults | arguments))
+
+    return call
+
+
+@pytest.fixture
+def engine(model):
+    return core.Engine(*core.load(model), slots=4)
+
+
+def prompts(count):
+    return [{"prompt": f"Prompt {i * 7919 % 1000}, {'and on ' * (i % 5)}"} for i in range(count)]
+
+
+def test_a_thousand_rows_of_which_one_in_twenty_is_bad_come_out_as_a_thousand_in_order(
+    run, write_jsonl, read_parts, tmp_path
+):
+    rows = prompts(1000)
+    codes = ["ok"] * 1000
+    for turn, i in enumerate(range(11, 1000, 20)):
+        rows[i], codes[i] = DIRTY[turn % 5], DIRTY_CODES[turn % 5]
+    path = write_jsonl(rows)
+    manifest = run(shard_size=300)
+    records_out = read_parts(tmp_path / "out")
+    assert [r["index"] for r in records_out] == list(range(1000))
+    assert [(r["error"] or {"code": "ok"})["code"] for r in records_out] == codes
+    assert [r["status"] for r in records_out] == ["ok" if c == "ok" else "error" for c in codes]
+    content = path.read_bytes()
+    starts = [0, *(i + 1 for i, byte in enumerate(content) if byte == ord("\n"))][:-1]
+    assert [r["source"]["offset"] for r in records_out] == starts
+    assert (manifest["rows"], manifest["ok"], manifest["errors"]) == (1000, 950, 50)
+    assert manifest["errors_by_code"] == dict.fromkeys(sorted(DIRTY_CODES), 10)
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+    errors = sorted((tmp_path / "out" / "errors").iterdir())
+    failed = [json.loads(line) for path in errors for line in path.read_bytes().splitlines()]
+    assert failed == [r for r in records_out if r["status"] == "error"]
+
+
+def test_a_record_says_what_the_engine_says(run, engine, write_jsonl, read_parts, tmp_path):
+    rows = [
+        {"prompt": "The flax", "id": "x"},
+        {"prompt": "The flax", "id": "x", "temperature": 0},
+        {"prompt": "The flax", "id": 7, "seed": 4, "max_new_tokens": 3},
+        {"token_ids": [84, 104, 101]},
+        {"prompt": "The flax", "stop": ["e", " "], "max_new_tokens": 20, "id": "stops"},
+        {"prompt": "", "id": "empty"},
+        {"token_ids": [3, 257], "id": "beyond"},
+    ]
+    write_jsonl(rows)
+    run()
+    sampled = {"temperature": 0.9, "top_k": 40, "seed": 3, "max_new_tokens": 6}
+    fourth = sum(len(json.dumps(row)) + 1 for row in rows[:3])
+    expected = engine.complete(
+        [
+            core.Request("The flax", core.Sampling(**sampled), "x"),
+            core.Request("The flax", core.Sampling(**sampled | {"temperature": 0}), "x"),
+            core.Request(
+                "The flax", core.Sampling(**sampled | {"seed": 4, "max_new_tokens": 3}), "7"
+            ),
+            core.Request([84, 104, 101], core.Sampling(**sampled), f"prompts.jsonl:{fourth}"),
+            core.Request(
+                "The flax",
+                core.Sampling(**sampled | {"stop": ("e", " "), "max_new_tokens": 20}),
+                "stops",
+            ),
+        ]
+    )
+    found = read_parts(tmp_path / "out")
+    for record, completion in zip(found[:5], expected, strict=True):
+        assert isinstance(completion, core.Completion)
+        assert record["text"] == completion.text
+        assert record["token_ids"] == list(completion.tokens)
+        assert record["finish_reason"] == completion.finish_reason
+        assert record["prompt_tokens"] == len(completion.prompt_tokens)
+        assert record["completion_tokens"] == len(completion.tokens)
+    assert [r["seed"] for r in found] == [3, 3, 4, 3, 3, 3, 3]
+    assert [r["error"]["code"] for r in found[5:]] == ["prompt_empty", "token_out_of_range"]
+
+
+def test_dirty_files_come_out_row_for_row(run, read_parts, tmp_path):
+    folder = tmp_path / "input"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"prompt": "after a mark"}\r\n'
+        b"\r\n"
+        b'{"prompt": "a\\u0000b"}\n'
+        b'{"prompt": "\xff"}\n'
+        + b'{"prompt": "'
+        + b"x" * (5 << 20)
+        + b'"}\n'
+        + b'{"prompt": "\xe2\x80\xa8 is no line end"}\n'
+        b'{"prompt": "no end of line"}'
+    )
+    (folder / "b.txt").write_bytes(b"one\r\n\n\xfftwo\n \nthree")
+    (folder / "empty.jsonl").write_bytes(b"")
+    manifest = run(shard_size=4)
+    codes = [(r["error"] or {"code": "ok"})["code"] for r in read_parts(tmp_path / "out")]
+    assert codes == [
+        *("ok", "blank_line", "ok", "invalid_utf8", "line_too_long", "ok", "ok"),
+        *("ok", "blank_line", "invalid_utf8", "ok", "ok"),
+    ]
+    assert manifest["rows"] == 12
+
+
+def test_a_prompt_that_does_not_fit_leaves_its_neighbours_as_they_are(
+    run, write_jsonl, read_parts, tmp_path
+):
+    fine = [row | {"id": str(i)} for i, row in enumerate(prompts(9))]
+    poison = [{"prompt": "x" * 62}, {"prompt": ""}, {"prompt": "y" * 1000}]
+    write_jsonl(fine, "alone/a.jsonl")
+    write_jsonl([r for i in range(3) for r in (poison[i], *fine[3 * i : 3 * i + 3])])
+    run(input=tmp_path / "alone" / "*", output=tmp_path / "alone_out")
+    run()
+    alone, among = read_parts(tmp_path / "alone_out"), read_parts(tmp_path / "out")
+    bad = [r for r in among if r["status"] == "error"]
+    assert [r["error"]["code"] for r in bad] == [
+        "prompt_too_long",
+        "prompt_empty",
+        "prompt_too_long",
+    ]
+    assert [r["token_ids"] for r in among if r["status"] == "ok"] == [r["token_ids"] for r in alone]
+
+
+def test_a_prompt_as_long_as_the_context_and_a_limit_of_nothing_are_served(
+    run, write_jsonl, read_parts, tmp_path
+):
+    write_jsonl([{"prompt": "x" * 61, "max_new_tokens": 9}, {"prompt": "x", "max_new_tokens": 0}])
+    run()
+    longest, none = read_parts(tmp_path / "out")
+    assert (longest["completion_tokens"], longest["finish_reason"]) == (1, "length")
+    assert (none["completion_tokens"], none["text"], none["status"]) == (0, "", "ok")
+
+
+def test_ids_are_kept_as_they_are_and_never_merge_rows(run, write_jsonl, read_parts, tmp_path):
+    ids = ["a", 7, "7", "a", "i" * 1000, None, "a", -(2**70)]
+    write_jsonl([{"prompt": f"prompt {i}", "id": id_} for i, id_ in enumerate(ids)])
+    manifest = run(shard_size=2)
+    found = [r["id"] for r in read_parts(tmp_path / "out")]
+    assert found == [*ids[:5], found[5], *ids[6:]]
+    assert found[5].startswith("prompts.jsonl:")
+    assert manifest["duplicate_ids"] == 2
+
+
+def test_unknown_fields_come_back_as_they_were(run, write_jsonl, read_parts, tmp_path):
+    odd = ["👩‍👩‍👧", "שלום", "e\u0301", "\u2028\x85", "nul\x00", ""]
+    line = json.dumps({"prompt": "a", "odd": odd, "surrogate": "\ud83d", "deep": {"n": [1, 2.5]}})
+    write_jsonl(
+        [line.encode(), json.dumps({"prompt": "b", "odd": odd}, ensure_ascii=False).encode()]
+    )
+    run()
+    first, second = read_parts(tmp_path / "out")
+    assert first["input"] == {"odd": odd, "surrogate": "\ud83d", "deep": {"n": [1, 2.5]}}
+    assert second["input"] == {"odd": odd}
+
+
+def test_the_bytes_do_not_depend_on_shards_or_on_the_order_of_files(
+    run, write_jsonl, join_parts, tmp_path
+):
+    rows = prompts(60)
+    files = [
+        write_jsonl(rows[:7], "input/a.jsonl"),
+        write_jsonl([*rows[7:30], b"bad"], "input/b.jsonl"),
+        write_jsonl(rows[30:], "input/c.jsonl"),
+    ]
+    outputs = []
+    for number, (shard_size, inputs) in enumerate([(5, files), (23, files[::-1]), (100, files)]):
+        run(shard_size=shard_size, input=inputs, output=tmp_path / str(number))
+        outputs.append(join_parts(tmp_path / str(number)))
+    assert len(outputs[0].splitlines()) == 61
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_another_runner_writes_the_same_bytes(run, model, write_jsonl, join_parts, tmp_path):
+    write_jsonl(prompts(40))
+    run(output=tmp_path / "ours")
+    # A job of which nothing is done yet, on Beam's other in-process runner.
+    folder = OutputFolder(tmp_path / "theirs")
+    folder.path.mkdir()
+    plan = (tmp_path / "ours" / "_plan.json").read_bytes()
+    folder.plan_file.write_bytes(plan)
+    job = Job(
+        model=model, output=folder, sampling=SAMPLED, slots=4, workers=1, reports_progress=False
+    )
+    with runners.quiet():
+        runners.run(job, "BundleBasedDirectRunner", runners.pipeline_options([]))
+    assert join_parts(folder.path) == join_parts(tmp_path / "ours")
+
+
+def test_an_engine_that_fails_ends_the_job_and_the_next_run_goes_on(
+    run, write_jsonl, join_parts, tmp_path, monkeypatch
+):
+    write_jsonl(prompts(48))
+    run(output=tmp_path / "clean")
+    serve, calls = host.EngineHost.complete, []
+
+    def fail_the_third_time(self, requests):
+        calls.append(len(requests))
+        if len(calls) == 3:
+            raise MemoryError("out of\ndevice memory")
+        return serve(self, requests)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(host.EngineHost, "complete", fail_the_third_time)
+        started = time.monotonic()
+        with pytest.raises(serve_batch.JobError, match="MemoryError: out of device memory; fin"):
+            run()
+        assert time.monotonic() - started < 10
+    left = {p.name for p in (tmp_path / "out").iterdir()} - {"_plan.json", "_receipts"}
+    assert len(left) == 2
+    assert all(name.startswith("part-") and name.endswith(".jsonl") for name in left)
+    manifest = run()
+    assert manifest["shards_done"] == 1
+    assert join_parts(tmp_path / "out") == join_parts(tmp_path / "clean")
+    ours, clean = (
+        json.loads((tmp_path / name / "manifest.json").read_bytes()) for name in ("out", "clean")
+    )
+    assert ours == clean
+
+
+def test_a_disk_that_fills_up_leaves_no_half_part(run, write_jsonl, tmp_path, monkeypatch):
+    write_jsonl(prompts(20))
+    to_line = records.to_line
+
+    def full(fields):
+        if fields["index"] == 17:
+            raise OSError(28, "No space left on device")
+        return to_line(fields)
+
+    monkeypatch.setattr(records, "to_line", full)
+    with pytest.raises(serve_batch.JobError, match=r"shard 1 failed: OSError.*No space left"):
+        run()
+    assert [p.name for p in (tmp_path / "out").glob("part*")] == ["part-00000-of-00002.jsonl"]
+
+
+def test_a_second_run_finds_everything_done(run, write_jsonl, tmp_path):
+    write_jsonl(prompts(20))
+    first = run()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("part-*")}
+    second = run(shard_size=5)  # the plan's stays
+    assert (first["shards_done"], second["shards_done"]) == (2, 0)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("part-*")} == before
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_another_job_is_refused_by_name_until_told_to_overwrite(run, write_jsonl, tmp_path):
+    path = write_jsonl(prompts(20))
+    run()
+    hotter = core.Sampling(max_new_tokens=6, temperature=1.5, top_k=40, seed=3)
+    with pytest.raises(serve_batch.JobError, match=r"temperature was 0\.9, is 1\.5; choose"):
+        run(sampling=hotter)
+    with pytest.raises(serve_batch.JobError, match="slots was 4, is 8"):
+        run(slots=8)
+    path.write_bytes(path.read_bytes() + b'{"prompt": "one more"}\n')
+    with pytest.raises(serve_batch.JobError, match=r"prompts.jsonl was modified"):
+        run()
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+    manifest = run(sampling=hotter, overwrite=True)
+    assert (manifest["rows"], manifest["fingerprint"]["temperature"]) == (21, 1.5)
+
+
+def test_weights_and_tokenizer_are_part_of_the_fingerprint(model, tmp_path):
+    other = tmp_path / "tiny"
+    shutil.copytree(model, other)
+    before = plan_lib.fingerprint(other, SAMPLED, slots=4)
+    assert before == plan_lib.fingerprint(model, SAMPLED, slots=4)
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["tensors"]["ln_f.bias"]["sha256"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    after = plan_lib.fingerprint(other, SAMPLED, slots=4)
+    assert {k for k in before if before[k] != after[k]} == {"revision", "tokenizer"}
+
+
+def test_a_part_that_was_changed_is_found_and_done_again(run, write_jsonl, join_parts, tmp_path):
+    write_jsonl(prompts(40))
+    run()
+    clean = join_parts(tmp_path / "out")
+    part = tmp_path / "out" / "part-00001-of-00003.jsonl"
+    part.write_bytes(part.read_bytes().replace(b'"ok"', b'"OK"'))
+    with pytest.raises(serve_batch.JobError, match="1 of 3 parts are missing or were changed"):
+        run()
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    assert run()["shards_done"] == 1
+    part.unlink()
+    assert run()["shards_done"] == 1
+    assert join_parts(tmp_path / "out") == clean
+
+
+def test_too_many_errors_fail_the_job_and_keep_what_it_wrote(run, write_jsonl, tmp_path):
+    write_jsonl([*prompts(18), b"bad", b"bad"])
+    with pytest.raises(serve_batch.JobError, match=r"2 of 20 rows are errors \(10\.0%\).*bad_json"):
+        run(max_error_rate=0.09)
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    assert run(max_error_rate=0.1)["shards_done"] == 0
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_a_dry_run_counts_the_bad_rows_and_writes_nothing(run, write_jsonl, tmp_path):
+    write_jsonl([*prompts(18), b"bad", {"prompt": None}])
+    found = run(dry_run=True, shard_size=6)
+    assert (found["rows"], found["shards"], found["errors"]) == (20, 4, 2)
+    assert found["errors_by_code"] == {"bad_json": 1, "prompt_missing": 1}
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_rows_at_all_are_a_job_that_succeeds(run, write_jsonl, tmp_path):
+    write_jsonl([])
+    assert run()["rows"] == 0
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_the_manifest_names_what_is_there(run, write_jsonl, tmp_path):
+    write_jsonl(prompts(20))
+    returned = run()
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_bytes())
+    assert returned | manifest == returned
+    for part in manifest["parts"]:
+        content = (tmp_path / "out" / part["file"]).read_bytes()
+        assert part["sha256"] == hashlib.sha256(content).hexdigest()
+        assert (part["bytes"], part["rows"]) == (len(content), content.count(b"\n"))
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        *("_SUCCESS", "_plan.json", "_receipts", "manifest.json"),
+        *(part["file"] for part in manifest["parts"]),
+    ]
+
+
+def test_a_worker_with_another_core_or_another_model_refuses(model):
+    with pytest.raises(serve_batch.JobError, match=r"planned with core 9\.9\.9; this worker"):
+        host.check_code("9.9.9")
+    with pytest.raises(serve_batch.JobError, match="planned for revision 0000"):
+        host.shared(model, slots=4, revision="0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"runner": "DaskRunner"}, "loses rows"),
+        ({"runner": "FlinkRunner"}, "FlinkRunner is not supported yet"),
+        ({"runner": "Nonsense"}, "there is no runner 'Nonsense'"),
+        ({"slots": 0}, "slots is 0"),
+        ({"shard_size": 0}, "shard_size is 0"),
+        ({"workers": -1}, "workers is -1"),
+        ({"max_error_rate": 1.5}, r"max_error_rate is 1\.5"),
+        ({"sampling": core.Sampling(logprobs=2)}, "log-probabilities are not supported"),
+        ({"beam_options": ["--nonsense=1"]}, "has no option --nonsense"),
+        ({"beam_options": ["--runner=FlinkRunner"]}, "--runner after `--`"),
+        ({"beam_options": ["--direct_num_workers=2"]}, "--direct_num_workers after `--`"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused_before_anything_is_read(run, arguments, told):
+    with pytest.raises(serve_batch.UsageError, match=told):
+        run(**arguments)
+
+
+def test_the_direct_runner_is_ours(run, write_jsonl, tmp_path):
+    write_jsonl(prompts(3))
+    assert run(runner="DirectRunner")["ok"] == 3
+
+
+def test_logging_is_left_as_it_was(run, write_jsonl):
+    before = list(logging.getLogger().handlers), logging.getLogger("apache_beam").level
+    write_jsonl(prompts(3))
+    run()
+    assert (list(logging.getLogger().handlers), logging.getLogger("apache_beam").level) == before
+
+
+def test_receipts_are_the_commit(run, write_jsonl, join_parts, tmp_path):
+    """Killed between the part and its receipt, a shard is done again and comes out the same."""
+    write_jsonl(prompts(40))
+    run()
+    clean = join_parts(tmp_path / "out")
+    (tmp_path / "out" / "_receipts" / "00001.json").unlink()
+    (tmp_path / "out" / "part-00002-of-00003.jsonl.tmp.1234").write_bytes(b"half")
+    assert run()["shards_done"] == 1
+    assert join_parts(tmp_path / "out") == clean
+    assert not list((tmp_path / "out").rglob("*.tmp.*"))
+    assert (tmp_path / "out" / "_SUCCESS").exists()
