@@ -304,16 +304,14 @@ def test_a_plan_that_is_not_the_configuration_s_writes_nothing(tmp_path, change,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [np.zeros((24, 97), np.float32), np.zeros((97, 24), np.float16)],
-    ids=["shape", "dtype"],
-)
+@pytest.mark.parametrize("wrong", ["shape", "dtype"])
 def test_an_array_that_is_not_as_planned_writes_nothing(tmp_path, wrong):
-    with pytest.raises(CheckpointError, match=r"wte\.embedding: expected float32\[97, 24\], was"):
-        checkpoint.write(
-            tmp_path / "model", config=CONFIG, specs=specs()[:], read=lambda spec: wrong
-        )
+    def read(spec: TensorSpec) -> np.ndarray:
+        shape = spec.shape[::-1] if wrong == "shape" else spec.shape
+        return np.zeros(shape, np.float16 if wrong == "dtype" else np.float32)
+
+    with pytest.raises(CheckpointError, match=r"kernel: expected float32\[.*\], was given float"):
+        checkpoint.write(tmp_path / "model", config=CONFIG, specs=specs(), read=read)
     assert list(tmp_path.iterdir()) == []
 
 

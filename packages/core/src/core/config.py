@@ -185,6 +185,12 @@ class GPT2Config:
         ):
             if isinstance(settings.get(key), int) and not isinstance(settings[key], bool):
                 settings[key] = float(settings[key])
+        vocabulary = settings.get("vocab_size", cls.vocab_size)
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            # GPT-2's 50256 stands in the file of every small model whose author did not think of it; there it can
+            # never be produced, which is what None says.
+            if isinstance(settings.get(key), int) and isinstance(vocabulary, int):
+                settings[key] = settings[key] if 0 <= settings[key] < vocabulary else None
         return cls(**settings)
 
     def to_hf(self) -> dict[str, Any]:
