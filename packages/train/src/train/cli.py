@@ -31,18 +31,20 @@ def start(main: Callable[[list[str]], int | None]) -> NoReturn:
         except Failure as error:
             _fail(str(error), code=1)
 
-    flags.FLAGS.set_default("verbosity", logging.WARNING)  # Orbax and jax tell a lot at INFO
     app.run(guarded, flags_parser=_parse)
     raise AssertionError("app.run exits")
 
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
     except AttributeError as error:  # how ml_collections says that a config file has no such key
         _fail(f"unknown config key {_innermost(error)}", code=2)
     except (flags.Error, OSError, TypeError, ValueError) as error:
         _fail(str(error), code=2)
+    if flags.FLAGS["verbosity"].using_default_value:
+        flags.FLAGS.verbosity = logging.WARNING  # Orbax and jax tell a lot at INFO
+    return rest
 
 
 def _innermost(error: BaseException) -> BaseException | str:

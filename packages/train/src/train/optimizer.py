@@ -50,7 +50,7 @@ def clip(grads: Any, limit: float) -> tuple[Any, jax.Array]:
 
     torch divides by norm + 1e-6 (clip_grad_norm_), optax.clip_by_global_norm by the norm alone.
     """
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     if limit == 0:
         return grads, norm
     scale = jnp.minimum(1.0, limit / (norm + 1e-6))

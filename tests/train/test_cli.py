@@ -1,0 +1,252 @@
+"""The commands as a user types them: what they print, how they exit, and what survives a kill."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+import train
+from train.checkpoint import Checkpoints
+from train.config import TrainConfig
+from training_runs import different_arrays
+
+ENVIRONMENT = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(jax.config.read("jax_compilation_cache_dir")),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+}
+ROOT = Path(__file__).parents[2]
+GPT2 = f"--config={ROOT / 'configs' / 'gpt2.py'}"
+SHAKESPEARE = f"--config={ROOT / 'configs' / 'shakespeare_char.py'}"
+
+
+def command(*arguments: str, module: str = "train") -> list[str]:
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def call(
+    *arguments: str, module: str = "train", cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments, module=module),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=ENVIRONMENT,
+    )
+
+
+def assert_one_line(error: str, *parts: str) -> None:
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    for part in parts:
+        assert part in error
+
+
+def overrides(config: TrainConfig) -> list[str]:
+    default = TrainConfig().to_dict()
+    own = {key: value for key, value in config.to_dict().items() if value != default[key]}
+    return [f"--config.{key}={value}" for key, value in own.items()]
+
+
+def test_the_literal_command_without_data_says_how_to_get_it():
+    done = call("--config=configs/gpt2.py")
+    assert done.returncode == 1
+    assert_one_line(
+        done.stderr, "data/openwebtext", "python -m train.prepare --dataset=openwebtext"
+    )
+    assert done.stdout == ""
+
+
+def test_an_unknown_key_is_answered_with_the_nearest():
+    done = call(GPT2, "--config.max_iter=3")
+    assert done.returncode == 2
+    assert_one_line(done.stderr, "unknown config key 'max_iter'", 'Did you mean "max_iters"')
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["--config is required"]),
+        (["--config=configs/nothing.py"], ["configs/nothing.py", "No such file"]),
+        ([GPT2, "--config.max_iters=many"], ["--config.max_iters=many", "int"]),
+        ([GPT2, "--config.bias=perhaps"], ["--config.bias=perhaps"]),
+        ([GPT2, "--config.dtype=float16"], ["dtype='float16' needs loss scaling"]),
+        ([GPT2, "--config.n_head=5"], ["n_embd=768 is not divisible by n_head=5"]),
+        ([GPT2, "--max_iters=3"], ["max_iters"]),
+        ([GPT2, "max_iters=3"], ["unexpected argument 'max_iters=3'"]),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_one_line(arguments: list[str], parts: list[str]):
+    done = call(*arguments)
+    assert done.returncode == 2
+    assert_one_line(done.stderr, *parts)
+
+
+@pytest.mark.parametrize("module", ["train", "train.prepare"])
+def test_help_does_not_wait_for_jax(module: str):
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['x', '--help']\n"
+        f"try: runpy.run_module({module!r}, run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "assert 'jax' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--" in done.stdout
+
+
+def test_every_key_can_be_set_from_the_command_line():
+    """The values survive to the point where the data is missing: parsing and checking took them."""
+    config = TrainConfig(
+        **{
+            field.name: changed(getattr(TrainConfig(), field.name))
+            for field in dataclasses.fields(TrainConfig)
+            if field.name not in ("wandb_log", "device", "dtype", "backend")
+        }
+    )
+    fixed = ["--config.device=cpu", "--config.dtype=bfloat16", "--config.backend=gloo"]
+    done = call(GPT2, *overrides(config), "--config.wandb_log=False", *fixed)
+    assert done.returncode == 1
+    assert_one_line(done.stderr, "datax/openwebtextx: no such folder")
+
+
+def changed(value: Any) -> Any:
+    """Another value of the same type that any key takes."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return value + "x"
+    return value * 2 or 1 if isinstance(value, int) else value / 2 or 0.25
+
+
+def test_prepare_and_train_from_the_command_line(testdata: Path, tmp_path: Path):
+    text = str(testdata / "tinyshakespeare.txt")
+    made = call(
+        "--dataset=shakespeare_char", f"--text={text}", module="train.prepare", cwd=tmp_path
+    )
+    assert made.returncode == 0, made.stderr
+    assert "1,003,854 training and 111,540 validation tokens, vocabulary 65" in made.stdout
+    small = ["--config.max_iters=2", "--config.n_layer=1", "--config.eval_iters=1"]
+    done = call(SHAKESPEARE, *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "out-shakespeare-char/model: best validation loss" in done.stdout
+    looked = call(
+        SHAKESPEARE,
+        *small,
+        "--config.eval_only",
+        "--config.init_from=out-shakespeare-char/model",
+        cwd=tmp_path,
+    )
+    assert looked.returncode == 0, looked.stderr
+    assert json.loads(looked.stdout).keys() == {"iter", "val_loss", "train_eval_loss"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        ([], 2, "give --dataset=NAME, or --text=GLOB with --out=DIR"),
+        (["--dataset=openwebtext"], 2, "give its text with --text=GLOB"),
+        (["--text=*.md", "--out=x"], 1, "--text=*.md: no such file"),
+        (
+            ["--text=*.txt", "--out=x", "--tokenizer=char", "--val_fraction=2"],
+            1,
+            "val_fraction=2.0",
+        ),
+        (["--text=*.txt", "--out=x", "--tokenizer=gpt2"], 1, "python -m convert --model=gpt2"),
+        (["--text=*.txt", "--out=x", "--tokenizer=nowhere"], 1, "nowhere holds no tokenizer"),
+    ],
+)
+def test_prepare_refuses_in_one_line(arguments: list[str], code: int, part: str, tmp_path: Path):
+    (tmp_path / "a.txt").write_text("some text")
+    done = call(*arguments, module="train.prepare", cwd=tmp_path)
+    assert done.returncode == code
+    assert_one_line(done.stderr, part)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_sigterm_saves_and_exits_with_143(config: TrainConfig):
+    process = start(dataclasses.replace(config, n_layer=1, max_iters=10**6, eval_interval=10**6))
+    wait_for(lambda: lines(config) >= 5, process)
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "SIGTERM: stopped at iteration" in error
+    with Checkpoints(Path(config.out_dir) / "checkpoints") as checkpoints:
+        assert f"stopped at iteration {checkpoints.latest()}, saved" in error
+
+
+def test_a_run_killed_while_saving_ends_with_the_same_parameters(
+    config: TrainConfig, tmp_path: Path
+):
+    long = dataclasses.replace(config, eval_interval=5, eval_iters=1)
+    folder = Path(config.out_dir) / "checkpoints"
+
+    def saving_the_second() -> bool:
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        return any(map(str.isdigit, names)) and any(name.endswith("tmp") for name in names)
+
+    process = start(long)
+    wait_for(saving_the_second, process, every_s=0.0005)
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert_ends_as_an_uninterrupted_run(long, tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 3, 8, 13, 21, 34])
+def test_a_run_killed_anywhere_ends_with_the_same_parameters(
+    config: TrainConfig, tmp_path: Path, rows: int
+):
+    long = dataclasses.replace(config, eval_interval=5, eval_iters=1)
+    process = start(long)
+    wait_for(lambda: lines(config) >= rows, process, every_s=0.0005)
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert_ends_as_an_uninterrupted_run(long, tmp_path / "whole")
+
+
+def assert_ends_as_an_uninterrupted_run(config: TrainConfig, whole_dir: Path) -> None:
+    again = train.run(dataclasses.replace(config, init_from="auto"), progress=False)
+    whole = train.run(dataclasses.replace(config, out_dir=str(whole_dir)), progress=False)
+    assert different_arrays(again.out_dir, whole.out_dir) == []
+    assert again.losses == whole.losses
+
+
+def start(config: TrainConfig) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(GPT2, *overrides(config)),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+def wait_for(condition, process: subprocess.Popen[str], every_s: float = 0.01) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "the run did not get that far"
+        time.sleep(every_s)
+
+
+def lines(config: TrainConfig) -> int:
+    path = Path(config.out_dir) / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0

@@ -1,0 +1,112 @@
+import dataclasses
+
+import pytest
+
+from core.config import ConfigError
+from train.config import TrainConfig
+
+# karpathy/nanoGPT train.py at 3adf61e, lines 33-75; `device` and `dtype` are asked of torch there, "auto" is that.
+NANOGPT_DEFAULTS = {
+    "out_dir": "out",
+    "eval_interval": 2000,
+    "log_interval": 1,
+    "eval_iters": 200,
+    "eval_only": False,
+    "always_save_checkpoint": True,
+    "init_from": "scratch",
+    "wandb_log": False,
+    "wandb_project": "owt",
+    "wandb_run_name": "gpt2",
+    "dataset": "openwebtext",
+    "gradient_accumulation_steps": 5 * 8,
+    "batch_size": 12,
+    "block_size": 1024,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_embd": 768,
+    "dropout": 0.0,
+    "bias": False,
+    "learning_rate": 6e-4,
+    "max_iters": 600000,
+    "weight_decay": 1e-1,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "grad_clip": 1.0,
+    "decay_lr": True,
+    "warmup_iters": 2000,
+    "lr_decay_iters": 600000,
+    "min_lr": 6e-5,
+    "backend": "nccl",
+    "device": "auto",
+    "dtype": "auto",
+    "compile": True,
+}
+
+
+def test_every_nanogpt_key_is_there_with_its_default():
+    assert len(NANOGPT_DEFAULTS) == 33
+    ours = TrainConfig().to_dict()
+    assert {key: ours.get(key) for key in NANOGPT_DEFAULTS} == NANOGPT_DEFAULTS
+
+
+def test_a_dict_makes_the_same_config_again():
+    config = TrainConfig(n_layer=3, learning_rate=1e-4, eval_only=True)
+    assert TrainConfig.from_dict(config.to_dict()) == config
+
+
+def test_whole_numbers_are_taken_where_a_float_is_meant():
+    assert TrainConfig.from_dict({"grad_clip": 1}).grad_clip == 1.0
+    assert type(TrainConfig.from_dict({"grad_clip": 1}).grad_clip) is float
+
+
+def test_all_unknown_keys_are_reported_with_the_nearest_known():
+    with pytest.raises(ConfigError) as error:
+        TrainConfig.from_dict({"max_iter": 10, "bach_size": 3})
+    assert 'unknown config key "max_iter". Did you mean "max_iters"?' in str(error.value)
+    assert 'unknown config key "bach_size". Did you mean "batch_size"?' in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_iters": "10"}, "max_iters='10' is str, expected int"),
+        ({"max_iters": True}, "max_iters=True is bool, expected int"),
+        ({"dropout": "0.1"}, "dropout='0.1' is str, expected float"),
+        ({"bias": 1}, "bias=1 is int, expected bool"),
+        ({"n_embd": 10, "n_head": 3}, "n_embd=10 is not divisible by n_head=3"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"dropout": 1.0}, "dropout=1.0 must be in"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be at least 0"),
+        ({"warmup_iters": 10, "lr_decay_iters": 10}, "lr_decay_iters=10 must be greater"),
+        ({"dataset": ""}, "dataset must not be empty"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_by_name(values: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"wandb_log": True}, "Weights & Biases is not supported yet"),
+        ({"dtype": "float16"}, "needs loss scaling, which is not supported yet"),
+        ({"dtype": "fp8"}, "expected auto, float32 or bfloat16"),
+        ({"device": "mps"}, "jax has no backend"),
+        ({"device": "cuda:x"}, "expected auto, cpu, cuda, cuda:N or tpu"),
+        ({"backend": "horovod"}, "expected 'nccl' or 'gloo'"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_not_ignored(values: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_dict(values)
+
+
+def test_every_problem_is_reported_at_once():
+    with pytest.raises(ConfigError, match=r"batch_size.*dtype"):
+        TrainConfig(batch_size=0, dtype="float16")
+
+
+def test_a_config_cannot_change_under_a_run():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().max_iters = 3  # type: ignore[misc]

@@ -1,0 +1,289 @@
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import core
+import train
+from core.checkpoint import CheckpointError
+from core.tokenizer import Tokenizer
+from train import origin as origin_lib
+from train.checkpoint import Checkpoints
+from train.config import TrainConfig
+from train.data import DataError, open_dataset
+from train.metrics import read_rows
+from train.prepare import prepare
+from train.step import next_tokens
+from training_runs import different_arrays, last_arrays, last_state
+
+TIMES = {"tokens_per_s", "mfu"}
+
+
+def run(config: TrainConfig, **changes) -> train.Result:
+    return train.run(dataclasses.replace(config, **changes), progress=False)
+
+
+def timeless(result: train.Result) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in result.rows()]
+
+
+def assert_same_run(one: train.Result, other: train.Result) -> None:
+    assert different_arrays(one.out_dir, other.out_dir) == []
+    assert timeless(one) == timeless(other)
+    assert one.best_val_loss == other.best_val_loss
+
+
+@pytest.fixture(scope="module")
+def finished(base_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> train.Result:
+    """The run of `config`, uninterrupted."""
+    with jax.numpy_dtype_promotion("standard"):
+        return run(base_config, out_dir=str(tmp_path_factory.mktemp("finished") / "out"))
+
+
+def test_the_loss_falls(finished: train.Result):
+    evaluations = [row for row in finished.rows() if "val_loss" in row]
+    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.5
+
+
+def test_max_iters_makes_one_update_more_as_in_nanogpt(finished: train.Result):
+    assert finished.iteration == 41
+    counts = [array for name, array in last_arrays(finished.out_dir).items() if "count" in name]
+    assert counts == [41]
+
+
+def test_metrics_have_the_documented_keys(finished: train.Result):
+    rows = finished.rows()
+    training = [row for row in rows if "train_loss" in row]
+    evaluations = [row for row in rows if "val_loss" in row]
+    assert len(training) + len(evaluations) == len(rows)
+    keys = {"iter", "train_loss", "lr", "grad_norm", "tokens_per_s", "mfu"}
+    assert {frozenset(row) for row in training} == {frozenset(keys)}
+    assert {frozenset(row) for row in evaluations} == {
+        frozenset({"iter", "val_loss", "train_eval_loss"})
+    }
+    assert [row["iter"] for row in training] == list(range(41))
+    assert [row["iter"] for row in evaluations] == [0, 10, 20, 30, 40]
+    assert {row["mfu"] for row in training} == {None}  # nobody publishes a CPU's peak
+    assert all(row["tokens_per_s"] > 0 for row in training)
+
+
+def test_out_dir_holds_what_architecture_promises(finished: train.Result, base_config: TrainConfig):
+    names = {path.name for path in finished.out_dir.iterdir()}
+    assert names == {"metrics.jsonl", "config.json", "checkpoints", "model", "loss.png"}
+    saved = json.loads((finished.out_dir / "config.json").read_text())
+    assert TrainConfig.from_dict(saved) == dataclasses.replace(
+        base_config, out_dir=str(finished.out_dir)
+    )
+    assert (finished.out_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_last_two_checkpoints_and_the_best_are_kept(finished: train.Result):
+    evaluations = {row["iter"]: row["val_loss"] for row in finished.rows() if "val_loss" in row}
+    best = min(evaluations, key=evaluations.__getitem__)
+    with Checkpoints(finished.out_dir / "checkpoints") as checkpoints:
+        assert set(checkpoints.iterations()) == {40, 41, best}
+
+
+def test_the_model_folder_has_the_best_weights_and_the_tokenizer(
+    finished: train.Result, base_config: TrainConfig, text: str
+):
+    model, params, tokenizer = core.load(finished.model_dir)
+    assert tokenizer is not None
+    assert tokenizer.decode(tokenizer.encode(text[:99])) == text[:99]
+    dataset = open_dataset(Path(base_config.data_dir) / "small", block_size=16)
+    losses = [
+        core.loss(params, model, next_tokens(jnp.asarray(batch_BS)))
+        for batch_BS in (
+            dataset.batch("eval_val", seed=base_config.seed, step=step, rows=5, length=17)
+            for step in range(4)
+        )
+    ]
+    assert np.mean(losses) == pytest.approx(finished.best_val_loss, abs=1e-5)
+
+
+def test_a_run_in_two_parts_is_the_run_in_one(finished: train.Result, config: TrainConfig):
+    run(config, max_iters=20)
+    assert_same_run(run(config, init_from="resume"), finished)
+
+
+def test_looking_more_often_does_not_change_the_training(
+    finished: train.Result, config: TrainConfig
+):
+    other = run(config, eval_interval=7, eval_iters=1, log_interval=3, ckpt_interval=4)
+    assert different_arrays(finished.out_dir, other.out_dir) == []
+    losses = {row["iter"]: row.get("train_loss") for row in finished.rows() if "lr" in row}
+    logged = {row["iter"]: row.get("train_loss") for row in other.rows() if "lr" in row}
+    assert logged == {i: losses[i] for i in range(0, 41, 3)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_with_a_checkpoint_from_which_the_run_goes_on(
+    config: TrainConfig, tmp_path: Path, number: signal.Signals
+):
+    def interrupt() -> None:
+        while len(read_rows(Path(config.out_dir) / "metrics.jsonl")) < 15:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    former = signal.getsignal(number)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    stopped = run(config, max_iters=10**6)
+    thread.join()
+    assert stopped.stopped_by is number
+    assert signal.getsignal(number) is former
+    last = stopped.iteration + 13 - stopped.iteration % 10  # both runs end on an odd iteration
+    again = run(config, init_from="auto", max_iters=last)
+    assert_same_run(again, run(config, out_dir=str(tmp_path / "whole"), max_iters=last))
+
+
+def test_a_finished_run_resumed_does_nothing(finished: train.Result, config: TrainConfig):
+    before = (finished.out_dir / "metrics.jsonl").read_bytes()
+    again = run(config, out_dir=str(finished.out_dir), init_from="auto")
+    assert again == finished
+    assert (finished.out_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_restored_state_can_be_donated(finished: train.Result):
+    """jax#18617: otherwise the first update after a resume needs the state twice, and does not fit."""
+    state = last_state(finished.out_dir)
+    jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)(state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_an_infinite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(config: TrainConfig):
+    run(config, max_iters=10)
+    blown_up = {"learning_rate": 1e38, "decay_lr": False, "init_from": "resume"}
+    with pytest.raises(
+        train.TrainError, match=r"iteration 1[12]: .* is (nan|inf).*checkpoints/11\. Try"
+    ):
+        run(config, **blown_up)
+    assert run(config, init_from="resume", max_iters=10).iteration == 11
+    rows = read_rows(Path(config.out_dir) / "metrics.jsonl")
+    assert all(np.isfinite(value) for row in rows for value in row.values() if value is not None)
+
+
+def test_an_earlier_run_is_not_overwritten_unless_told(config: TrainConfig):
+    run(config, max_iters=0)
+    with pytest.raises(train.TrainError, match="holds an earlier run; continue it with"):
+        run(config, max_iters=0)
+    again = run(config, max_iters=1, overwrite=True)
+    assert [row["iter"] for row in again.rows()] == [0, 0, 1, 1]
+
+
+def test_a_folder_that_is_no_run_is_never_touched(finished: train.Result, config: TrainConfig):
+    with pytest.raises(train.TrainError, match=r"has config\.json but no metrics\.jsonl"):
+        run(config, out_dir=str(finished.model_dir), overwrite=True)
+    core.load(finished.model_dir)
+
+
+def test_auto_begins_anew_what_died_before_its_first_checkpoint(config: TrainConfig):
+    out_dir = Path(config.out_dir)
+    out_dir.mkdir()
+    (out_dir / "metrics.jsonl").write_text(
+        '{"iter": 0, "val_loss": 1.0, "train_eval_loss": 1.0}\n{"it'
+    )
+    result = run(config, init_from="auto", max_iters=1)
+    assert [row["iter"] for row in result.rows()] == [0, 0, 1, 1]
+
+
+def test_resume_without_a_checkpoint_says_so(config: TrainConfig):
+    with pytest.raises(train.TrainError, match="no checkpoint to resume from"):
+        run(config, init_from="resume")
+
+
+def test_resume_with_another_shape_says_so(finished: train.Result, config: TrainConfig):
+    where = {"out_dir": str(finished.out_dir), "init_from": "resume"}
+    with pytest.raises(train.TrainError, match="n_layer=3 but the weights have 2"):
+        run(config, **where, n_layer=3)
+    with pytest.raises(train.TrainError, match="trained with block_size=16, the config says 8"):
+        run(config, **where, block_size=8)
+
+
+def test_a_model_folder_is_where_fine_tuning_begins(finished: train.Result, config: TrainConfig):
+    start = {"init_from": str(finished.model_dir), "dropout": 0.0}
+    default = TrainConfig()
+    shape = {name: getattr(default, name) for name in ("n_layer", "n_head", "n_embd", "bias")}
+    looked = run(config, **start, **shape, eval_only=True)
+    assert looked.losses["val_loss"] == pytest.approx(finished.best_val_loss, abs=1e-6)
+    assert not Path(config.out_dir).exists()
+    tuned = run(config, **start, **shape, block_size=8, max_iters=10)
+    assert core.load(tuned.model_dir)[0].config.n_positions == 8
+    assert tuned.rows()[0]["val_loss"] == pytest.approx(finished.best_val_loss, abs=0.1)
+
+
+def test_a_folder_that_does_not_fit_is_refused(
+    finished: train.Result, config: TrainConfig, tmp_path: Path
+):
+    folder = str(finished.model_dir)
+    with pytest.raises(train.TrainError, match="has 16 positions; block_size=17 is more"):
+        run(config, init_from=folder, block_size=17)
+    with pytest.raises(train.TrainError, match="n_head=2 but the weights have 3"):
+        run(config, init_from=folder, n_head=2)
+    other = Tokenizer.characters("ab")
+    prepare(["ab" * 200], tmp_path / "ab", tokenizer=other)
+    with pytest.raises(train.TrainError, match="written with a vocabulary of 2"):
+        run(config, init_from=folder, data_dir=str(tmp_path), dataset="ab")
+
+
+def test_a_folder_that_is_not_there_is_named(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="nowhere: no such model folder"):
+        run(config, init_from="nowhere")
+    with pytest.raises(
+        train.TrainError, match="python -m convert --model=gpt2-xl --out=models/gpt2-xl"
+    ):
+        run(config, init_from="gpt2-xl")
+
+
+def test_missing_data_is_found_before_anything_is_written(config: TrainConfig, tmp_path: Path):
+    with pytest.raises(DataError, match="no such folder; make it with"):
+        run(config, dataset="nothing")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_that_is_not_there_is_named(config: TrainConfig):
+    with pytest.raises(train.TrainError, match="device=cuda:99: not there; jax sees"):
+        run(config, device="cuda:99")
+
+
+def test_gpt2s_vocabulary_is_padded_and_a_characters_is_not(config: TrainConfig):
+    small = open_dataset(Path(config.data_dir) / config.dataset, block_size=16)
+    gpt2 = dataclasses.replace(small, vocab_size=50257)
+    assert origin_lib.model_config(config, small).vocab_size == small.vocab_size
+    assert origin_lib.model_config(config, gpt2).vocab_size == 50304
+
+
+@pytest.mark.slow
+def test_op_by_op_is_the_same_mathematics(config: TrainConfig):
+    short = {"n_layer": 1, "gradient_accumulation_steps": 1, "dropout": 0.0, "max_iters": 0}
+    rows = [
+        run(config, **short, overwrite=True, eval_iters=1, compile=compiled).rows()[1]
+        for compiled in (True, False)
+    ]
+    assert rows[0]["train_loss"] == pytest.approx(rows[1]["train_loss"], rel=1e-5)
+    assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-5)
+
+
+def test_only_improvements_are_saved_when_asked(config: TrainConfig):
+    rising = {"learning_rate": 0.5, "decay_lr": False, "grad_clip": 0.0}
+    result = run(config, **rising, always_save_checkpoint=False)
+    evaluations = {row["iter"]: row["val_loss"] for row in result.rows() if "val_loss" in row}
+    with Checkpoints(result.out_dir / "checkpoints") as checkpoints:
+        kept = set(checkpoints.iterations()) - {41}
+    best_so_far = [
+        i
+        for i in evaluations
+        if i and evaluations[i] < min(loss for j, loss in evaluations.items() if j < i)
+    ]
+    assert kept == set(best_so_far[-2:])

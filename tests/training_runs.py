@@ -1,0 +1,36 @@
+"""What a finished or interrupted run left behind, read back for comparison."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from train import origin
+from train.checkpoint import Checkpoints
+from train.config import TrainConfig
+from train.data import open_dataset
+from train.step import State
+
+
+def last_state(out_dir: Path) -> State:
+    """The state of the last checkpoint, as a resumed run would begin from it."""
+    config = TrainConfig.from_dict(json.loads((out_dir / "config.json").read_text()))
+    dataset = open_dataset(Path(config.data_dir) / config.dataset, block_size=config.block_size)
+    with Checkpoints(out_dir / "checkpoints") as checkpoints:
+        return origin.begin(
+            config, dataset, checkpoints, key=jax.random.key(0), device=jax.devices("cpu")[0]
+        ).state
+
+
+def last_arrays(out_dir: Path) -> dict[str, np.ndarray]:
+    """Every array of the last checkpoint by its path: parameters, both moments and the count."""
+    leaves = jax.tree.leaves_with_path(last_state(out_dir))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def different_arrays(one: Path, other: Path) -> list[str]:
+    """The paths of the arrays that are not bitwise the same in two runs' last checkpoints."""
+    left, right = last_arrays(one), last_arrays(other)
+    assert left.keys() == right.keys()
+    return [name for name in left if left[name].tobytes() != right[name].tobytes()]
