@@ -106,7 +106,15 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, *, eos: str = END_OF_TEXT) -> "Tokenizer":
-        """Learns a byte-level BPE of at most `vocab_size` tokens from `texts`, GPT-2's kind; the last id is `eos`."""
+        """Learns a byte-level BPE of at most `vocab_size` tokens from `texts`, GPT-2's kind; the last id is `eos`.
+
+        Raises:
+          TokenizerError: `vocab_size` has no room for the 256 bytes and `eos`.
+        """
+        if vocab_size < 257:
+            raise TokenizerError(
+                f"vocab_size is {vocab_size}; expected at least 257: the bytes and {eos}"
+            )
         backend = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 1,
