@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 import time
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,7 @@ def engine(model):
     return core.Engine(*core.load(model), slots=4)
 
 
-def prompts(count):
+def prompts(count: int) -> list[Any]:
     return [{"prompt": f"Prompt {i * 7919 % 1000}, {'and on ' * (i % 5)}"} for i in range(count)]
 
 
@@ -89,7 +90,7 @@ def test_a_record_says_what_the_engine_says(run, engine, write_jsonl, read_parts
     ]
     write_jsonl(rows)
     run()
-    sampled = {"temperature": 0.9, "top_k": 40, "seed": 3, "max_new_tokens": 6}
+    sampled: dict[str, Any] = {"temperature": 0.9, "top_k": 40, "seed": 3, "max_new_tokens": 6}
     fourth = sum(len(json.dumps(row)) + 1 for row in rows[:3])
     expected = engine.complete(
         [

@@ -187,8 +187,13 @@ def _generate(job: "Job", beam_options: Sequence[str]) -> None:
         try:
             runners.run(job, *runners.local(beam_options, workers=job.workers))
         except Exception as error:
+            what = runners.cause(error)
+            if (
+                what == KeyboardInterrupt.__name__
+            ):  # Beam catches it, and raises something of its own
+                raise KeyboardInterrupt from error
             raise JobError(
-                f"{runners.cause(error)}; finished shards are kept: run the same command again to go on"
+                f"{what}; finished shards are kept: run the same command again to go on"
             ) from error
 
 

@@ -141,6 +141,7 @@ def find_inputs(patterns: Sequence[str | Path], *, output: Path) -> tuple[Path, 
       JobError: nothing matches, a file is in no known format, or `output` would be among the inputs.
     """
     absolute = [absolute_path(pattern) for pattern in patterns]
+    found: set[Path] = set()
     for pattern in absolute:
         if pattern.is_dir():
             raise JobError(f"input {pattern} is a folder; give a glob such as {pattern}/*.jsonl")
@@ -148,14 +149,11 @@ def find_inputs(patterns: Sequence[str | Path], *, output: Path) -> tuple[Path, 
             raise JobError(
                 f"the output folder {output} would match the input {pattern}; choose another output"
             )
-    found = {
-        Path(path)
-        for pattern in absolute
-        for path in glob.iglob(str(pattern), recursive=True)  # noqa: PTH207 (absolute patterns)
-        if not Path(path).is_dir()
-    }
-    if not found:
-        raise JobError(f"no file matches {', '.join(map(str, absolute))}")
+        matches = glob.iglob(str(pattern), recursive=True)  # noqa: PTH207 (absolute patterns)
+        files = [path for path in map(Path, matches) if not path.is_dir()]
+        if not files:
+            raise JobError(f"no file matches {pattern}")
+        found.update(files)
     _check_formats(found)
     root = Path(os.path.commonpath([_fixed_part(pattern) for pattern in absolute]))
     names = sorted(path.relative_to(root).as_posix() for path in found)
