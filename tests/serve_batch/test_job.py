@@ -90,7 +90,7 @@ def test_a_record_says_what_the_engine_says(run, engine, write_jsonl, read_parts
     ]
     write_jsonl(rows)
     run()
-    sampled: dict[str, Any] = {"temperature": 0.9, "top_k": 40, "seed": 3, "max_new_tokens": 6}
+    sampled: Any = {"temperature": 0.9, "top_k": 40, "seed": 3, "max_new_tokens": 6}
     fourth = sum(len(json.dumps(row)) + 1 for row in rows[:3])
     expected = engine.complete(
         [
@@ -298,6 +298,20 @@ def test_another_job_is_refused_by_name_until_told_to_overwrite(run, write_jsonl
     assert (tmp_path / "out" / "_SUCCESS").exists()
     manifest = run(sampling=hotter, overwrite=True)
     assert (manifest["rows"], manifest["fingerprint"]["temperature"]) == (21, 1.5)
+
+
+def test_an_input_that_changes_while_the_job_runs_is_found(run, write_jsonl, tmp_path, monkeypatch):
+    path = write_jsonl(prompts(20))
+    serve = host.EngineHost.complete
+
+    def touch_and_serve(self, requests):
+        path.write_bytes(path.read_bytes().replace(b"Prompt", b"prompt"))
+        return serve(self, requests)
+
+    monkeypatch.setattr(host.EngineHost, "complete", touch_and_serve)
+    with pytest.raises(serve_batch.JobError, match="jsonl was modified"):
+        run()
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
 def test_weights_and_tokenizer_are_part_of_the_fingerprint(model, tmp_path):

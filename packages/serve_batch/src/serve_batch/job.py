@@ -85,7 +85,7 @@ def run(
 
     started = time.monotonic()
     sampling = sampling or core.Sampling()
-    check(
+    _check(
         sampling,
         slots=slots,
         shard_size=shard_size,
@@ -118,6 +118,8 @@ def run(
             )
             with _progress(folder, plan.rows, done=plan.rows - sum(s.rows for s in left)):
                 _generate(job, beam_options)
+            now = plan_lib.find_inputs(patterns, output=folder.path)
+            _expect_unchanged(folder, plan, *now, fingerprint)
         manifest = _publish(folder, plan, max_error_rate)
         receipts = [receipt for shard in left if (receipt := folder.receipt(plan, shard))]
     return manifest | {
@@ -128,7 +130,7 @@ def run(
     }
 
 
-def check(
+def _check(
     sampling: "Sampling",
     *,
     slots: int,
@@ -171,13 +173,23 @@ def _settle(
         plan = plan_lib.make(root, inputs, shard_size=shard_size, fingerprint=fingerprint)
         with output_lib.committing(folder.plan_file) as file:
             file.write(plan.to_json())
-    elif changes := plan_lib.changes(plan, root, inputs, fingerprint):
+    _expect_unchanged(folder, plan, root, inputs, fingerprint)
+    folder.remove_leftovers()
+    return plan
+
+
+def _expect_unchanged(
+    folder: OutputFolder,
+    plan: Plan,
+    root: Path,
+    inputs: Sequence[Input],
+    fingerprint: Mapping[str, Scalar],
+) -> None:
+    if changes := plan_lib.changes(plan, root, inputs, fingerprint):
         raise JobError(
             f"{folder.path} belongs to another job: {'; '.join(changes[:4])}; "
             "choose another output folder, or start anew with --overwrite"
         )
-    folder.remove_leftovers()
-    return plan
 
 
 def _generate(job: "Job", beam_options: Sequence[str]) -> None:

@@ -103,7 +103,7 @@ def _decode(line: bytes) -> str:
 
 def _object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text, parse_constant=_not_json, parse_float=_finite)
+        value = _DECODER.decode(text)
     except RecursionError:
         raise _Refused("bad_json", "the JSON is nested too deeply") from None
     except ValueError as error:
@@ -124,6 +124,10 @@ def _finite(digits: str) -> float:
     if number in (float("inf"), float("-inf")):
         raise ValueError(f"{digits} is beyond a float's range")
     return number
+
+
+# Strict JSON, so that what is passed through can be written as JSON again.
+_DECODER = json.JSONDecoder(parse_constant=_not_json, parse_float=_finite)
 
 
 def _take_id(fields: dict[str, Any]) -> str | int | None:
@@ -265,6 +269,8 @@ _NOTHING = {
     "completion_tokens": None,
 }
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
 # Legal inside a JSON string, but readers that split lines as Python or JavaScript do would cut the record there;
 # surrogates cannot be written as UTF-8 at all.
 _ESCAPED = re.compile("[\x7f\x85\u2028\u2029\ud800-\udfff]")
@@ -272,5 +278,5 @@ _ESCAPED = re.compile("[\x7f\x85\u2028\u2029\ud800-\udfff]")
 
 def to_line(fields: Mapping[str, Any]) -> bytes:
     """Returns `fields` as one line of JSON, readable UTF-8, with its newline."""
-    text = json.dumps(fields, ensure_ascii=False, separators=(", ", ": "), allow_nan=False)
+    text = _ENCODER.encode(fields)
     return _ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", text).encode() + b"\n"
