@@ -53,9 +53,10 @@ def test_turns_are_taken_in_reversed_order_every_other_round(field):
     assert len(order) == driver.steps(both, work)
 
 
-def test_short_calls_are_repeated_until_the_turn_is_long_enough(field):
-    row = measured(field(sleeper("a", 0.004)), workload("decode"))["a"]
-    assert all(4 <= len(turn) <= 5 for turn in row.turns)  # turns of 20 ms
+def test_short_calls_are_repeated_until_the_turn_is_long_enough_and_long_ones_are_not(field):
+    rows = measured(field(sleeper("short", 0.001), sleeper("long", 0.03)), workload("decode"))
+    assert all(len(turn) > 1 for turn in rows["short"].turns)  # a turn is 20 ms
+    assert all(len(turn) == 1 for turn in rows["long"].turns)
 
 
 def test_whoever_computes_something_else_is_wrong_and_has_no_speed(field):

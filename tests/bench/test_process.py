@@ -67,13 +67,14 @@ def test_a_worker_that_dies_or_babbles_is_lost_with_its_reason(worker, monkeypat
     assert caught.value.lost
 
 
-def test_a_worker_that_hangs_is_stopped_with_its_children(worker):
+def test_a_worker_that_hangs_is_stopped_with_its_children(worker, monkeypatch):
     hanging = worker(
         "import subprocess, sys, time; input()\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         "print('{\"child\": %d}' % child.pid, flush=True); input(); time.sleep(60)"
     )
     child = psutil.Process(hanging.ask("hello", timeout_s=30)["child"])
+    monkeypatch.setattr("bench.peers.process.DEATH_S", 0.5)
     with pytest.raises(WorkerError, match="no answer to 'run'") as caught:
         hanging.ask("run", timeout_s=0.2)
     assert caught.value.lost

@@ -123,8 +123,13 @@ class Worker:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self._reader.join(timeout=10)
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):  # unsent bytes for a process that is gone
-                    stream.close()
+        self._reader.join(timeout=DEATH_S)
+        streams = [self._process.stdin]
+        if (
+            not self._reader.is_alive()
+        ):  # a descendant in a session of its own may hold the other end
+            streams.append(self._process.stdout)
+        for stream in streams:
+            assert stream is not None
+            with contextlib.suppress(OSError):  # unsent bytes for a process that is gone
+                stream.close()
