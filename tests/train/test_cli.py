@@ -71,7 +71,7 @@ def test_the_literal_command_without_data_says_how_to_get_it():
 def test_an_unknown_key_is_answered_with_the_nearest():
     done = call(GPT2, "--config.max_iter=3")
     assert done.returncode == 2
-    assert_one_line(done.stderr, "unknown config key 'max_iter'", 'Did you mean "max_iters"')
+    assert_one_line(done.stderr, 'unknown config key "max_iter". Did you mean "max_iters"?')
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from core.config import ConfigError
+from core.errors import ConfigError
 from train.config import TrainConfig
 
 # karpathy/nanoGPT train.py at 3adf61e, lines 33-75; `device` and `dtype` are asked of torch there, "auto" is that.

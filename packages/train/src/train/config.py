@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from core.config import ConfigError
+from core.errors import ConfigError
 
 INIT_MODES = ("scratch", "resume", "auto")
 

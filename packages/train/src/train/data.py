@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from core.errors import FlaxmillError
 from core.tokenizer import Tokenizer
 
 GPT2_VOCAB_SIZE = 50257
@@ -27,7 +28,7 @@ STREAMS = {"train": ("train", 0), "eval_train": ("train", 1), "eval_val": ("val"
 SCANNED_TOKENS = 2**25
 
 
-class DataError(Exception):
+class DataError(FlaxmillError):
     """A data folder that is missing, incomplete or corrupt; says which command makes a good one."""
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from core import checkpoint as model_folder
 from core.config import PRESETS, GPT2Config, from_dict
+from core.errors import FlaxmillError
 from core.models import Model, Params, build
 from core.tokenizer import TOKENIZER_FILES, Tokenizer
 from train.checkpoint import Checkpoints, Device, owned
@@ -21,7 +22,7 @@ PADDED_GPT2_VOCAB_SIZE = 50304  # the next multiple of 64 (nanoGPT); products of
 MODELS = Path("models")
 
 
-class TrainError(Exception):
+class TrainError(FlaxmillError):
     """A run that cannot begin or go on; says what to change."""
 
 

@@ -19,8 +19,8 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from core.tokenizer import TOKENIZER_FILES, Tokenizer, TokenizerError
-from train import cli
+from core import door
+from core.tokenizer import TOKENIZER_FILES, Tokenizer
 from train.data import META_FILE, TOKEN_FILES, DataError, Meta
 
 FETCH_TIMEOUT_S = 30
@@ -201,19 +201,11 @@ def _define_flags() -> None:
     flags.DEFINE_bool("overwrite", False, "Replace the data folder if it is there.")
 
 
-def main(argv: list[str]) -> None:
-    del argv
-    try:
-        _main()
-    except (DataError, TokenizerError, OSError) as error:
-        raise cli.Failure(str(error)) from error
-
-
-def _main() -> None:
+def main() -> None:
     options = flags.FLAGS
     dataset, pattern = options.dataset, options.text
     if dataset is None and (pattern is None or options.out is None):
-        raise cli.UsageError("give --dataset=NAME, or --text=GLOB with --out=DIR")
+        raise door.Usage("give --dataset=NAME, or --text=GLOB with --out=DIR")
     source = DATASETS.get(dataset or "")
     out = Path(options.out or f"data/{dataset}")
     _check_replaceable(out, overwrite=options.overwrite)
@@ -222,7 +214,7 @@ def _main() -> None:
     elif source is not None:
         texts = [fetch(source)]
     else:
-        raise cli.UsageError(
+        raise door.Usage(
             f"--dataset={dataset} is not one that can be fetched ({', '.join(DATASETS)}); "
             "give its text with --text=GLOB"
         )
@@ -243,4 +235,4 @@ def _main() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    cli.start(main)
+    door.run(main)
