@@ -20,7 +20,7 @@ from training_runs import different_arrays
 
 ENVIRONMENT = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": str(jax.config.read("jax_compilation_cache_dir")),
+    "JAX_COMPILATION_CACHE_DIR": str(jax.config.values["jax_compilation_cache_dir"]),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
 }
 ROOT = Path(__file__).parents[2]
@@ -133,6 +133,7 @@ def changed(value: Any) -> Any:
     return value * 2 or 1 if isinstance(value, int) else value / 2 or 0.25
 
 
+@pytest.mark.slow
 def test_prepare_and_train_from_the_command_line(testdata: Path, tmp_path: Path):
     text = str(testdata / "tinyshakespeare.txt")
     made = call(
