@@ -316,6 +316,32 @@ def test_equal_shapes_compile_once(engine, varied):
     assert [program._cache_size() for program in programs] == before
 
 
+def test_more_slots_than_one_prefill_takes_are_prefilled_in_parts(engine):
+    """80 prompts of 16 places are 1,280 tokens, two parts of 40 rows."""
+    assert 80 * engine_lib.SMALLEST_PREFILL > engine_lib.PREFILL_TOKENS
+    wide = Engine(engine.model, engine.params, engine.tokenizer, slots=80)
+    short = Sampling(temperature=0, max_new_tokens=4)
+    requests = [Request(f"{i} is number {i}", short) for i in range(70)]
+    found, expected = complete(wide, requests), complete(engine, requests)
+    assert [c.tokens for c in found] == [c.tokens for c in expected]
+
+
+def test_log_probabilities_come_without_alternatives_too(engine):
+    (completion,) = complete(engine, [Request("a", Sampling(max_new_tokens=2, logprobs=0))])
+    assert completion.logprobs is not None
+    assert [score.top for score in completion.logprobs] == [(), ()]
+    first, second = engine.score([5, 6])
+    assert (first.top, second.top) == ((), ())
+    assert second.logprob is not None
+    assert engine.score([5]) == [first]
+
+
+def test_scoring_nothing_is_a_request_error(engine):
+    with pytest.raises(RequestError) as caught:
+        engine.score([])
+    assert caught.value.code == "prompt_empty"
+
+
 def test_generate_gives_the_texts_in_order(engine):
     expected = [c.text for c in complete(engine, [Request(p, GREEDY) for p in PROMPTS])]
     assert engine.generate(PROMPTS, GREEDY) == expected
