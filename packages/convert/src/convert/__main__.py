@@ -8,7 +8,7 @@ A model known by name is read from models/src/NAME where that folder exists, and
 
 from absl import flags
 
-from convert import door
+from core import door
 
 _MODEL = flags.DEFINE_string(
     "model", None, "gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, or OWNER/NAME on the hub."

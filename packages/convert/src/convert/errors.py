@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+from core.errors import FlaxmillError
 
-class ConvertError(Exception):
+
+class ConvertError(FlaxmillError):
     """A checkpoint that cannot be converted, in one line; `problems` holds every mismatch when there can be several.
 
     The line shows the first problems and counts the rest, because a wrong `n_layer` alone makes hundreds.

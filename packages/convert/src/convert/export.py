@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import flags
 
 import convert
-from convert import door
+from core import door
 
 _MODEL = flags.DEFINE_string("model", None, "The model folder to read.")
 _TO = flags.DEFINE_enum("to", "hf", ["hf"], "hf: what transformers' from_pretrained opens.")

@@ -9,7 +9,7 @@ if __name__ != "__main__":
 from absl import flags
 
 import convert
-from convert import door
+from core import door
 
 _MODEL = flags.DEFINE_string("model", None, "The model folder to check.")
 _AGAINST = flags.DEFINE_string("against", None, "A checkpoint to derive every tensor from again.")
