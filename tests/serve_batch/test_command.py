@@ -167,34 +167,6 @@ def _wait_for(happened, job: subprocess.Popen) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.slow
-def test_two_workers_write_the_bytes_of_one(
-    command, environment, model, write_jsonl, join_parts, tmp_path
-):
-    write_jsonl([*prompts(60), b"bad"])
-    done = call([*command, "--workers=2", "--shard_size=7"], env=environment)
-    assert (done.returncode, done.stdout) == (0, "")
-    assert len(done.stderr.splitlines()) == 1
-    run_here(model, tmp_path, "one")
-    assert join_parts(tmp_path / "out") == join_parts(tmp_path / "one")
-
-
-@pytest.mark.slow
-def test_a_failure_in_a_worker_process_is_told_in_one_line(model, write_jsonl, tmp_path, capfd):
-    write_jsonl([*prompts(9), b"bad"])
-    run_here(model, tmp_path, "out", shard_size=5)
-    errors = tmp_path / "out" / "errors"
-    (tmp_path / "out" / "_receipts" / "00001.json").unlink()
-    (errors / "part-00001-of-00002.jsonl").unlink()
-    errors.rmdir()
-    errors.write_text("in the way")
-    with pytest.raises(
-        serve_batch.JobError, match=r"^shard 1 failed: FileExistsError: .*errors'; "
-    ):
-        run_here(model, tmp_path, "out", workers=2)
-    assert capfd.readouterr() == ("", "")
-
-
 def test_the_portable_protocol_carries_the_job(model, write_jsonl, join_parts, tmp_path):
     """Beam's job service and its gRPC workers: the closest thing in the box to a cluster's runner."""
     write_jsonl(prompts(30))
@@ -202,9 +174,7 @@ def test_the_portable_protocol_carries_the_job(model, write_jsonl, join_parts, t
     folder = OutputFolder(tmp_path / "theirs")
     folder.path.mkdir()
     folder.plan_file.write_bytes((tmp_path / "ours" / "_plan.json").read_bytes())
-    job = Job(
-        model=model, output=folder, sampling=SAMPLED, slots=4, workers=1, reports_progress=False
-    )
+    job = Job(model=model, output=folder, sampling=SAMPLED, slots=4, reports_progress=False)
     options = runners.pipeline_options(["--job_endpoint=embed", "--environment_type=LOOPBACK"])
     with runners.quiet():
         runners.run(job, "PortableRunner", options)

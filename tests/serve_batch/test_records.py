@@ -102,7 +102,7 @@ def test_token_ids_are_a_prompt():
 
 
 def test_an_error_keeps_the_id_and_the_unknown_fields():
-    error = parse({"id": "x", "prompt": 3, "label": "gold"})
+    error = parse({"id": "x", "prompt": "a", "top_k": 1.5, "seed": 1, "label": "gold"})
     assert isinstance(error, RowError)
     assert (error.id, error.input) == ("x", {"label": "gold"})
 

@@ -30,7 +30,7 @@ _IGNORE_EOS = flags.DEFINE_boolean("ignore_eos", False, "Goes on after the end-o
 
 _SLOTS = flags.DEFINE_integer("slots", 16, "Rows that decode together.")
 _SHARD_SIZE = flags.DEFINE_integer("shard_size", 1024, "Rows in a part, and lost by a crash.")
-_WORKERS = flags.DEFINE_integer("workers", 1, "Processes; give each 20 shards or more to share.")
+_WORKERS = flags.DEFINE_integer("workers", 1, "Processes; more than 1 is not supported yet.")
 _RUNNER = flags.DEFINE_string("runner", "local", "Beam runner; only local is supported yet.")
 _DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Checks every row; generates and writes nothing.")
 _MAX_ERROR_RATE = flags.DEFINE_float(

@@ -29,7 +29,7 @@ _LOCAL_RUNNERS = ("local", "FnApiRunner", "DirectRunner")
 _REFUSED_RUNNERS = {
     "DaskRunner": "Beam's DaskRunner loses rows and reports success; use --runner=local",
     **{
-        name: f"{name} is not supported yet; use --runner=local, with --workers for more processes"
+        name: f"{name} is not supported yet; use --runner=local"
         for name in (
             "FlinkRunner",
             "SparkRunner",
@@ -69,7 +69,7 @@ def run(
       sampling: the defaults for rows that do not say otherwise.
       slots: rows that decode together.
       shard_size: rows a part; an output folder that has a plan keeps its own.
-      workers: processes.
+      workers: processes; more than 1 is refused.
       runner: "local"; others are refused.
       beam_options: further flags for Beam.
       dry_run: reads and checks every row, and returns the counts; neither loads the model nor writes.
@@ -113,7 +113,6 @@ def run(
                 output=folder,
                 sampling=sampling,
                 slots=slots,
-                workers=workers,
                 reports_progress=sys.stderr.isatty(),
             )
             with _progress(folder, plan.rows, done=plan.rows - sum(s.rows for s in left)):
@@ -144,6 +143,11 @@ def _check(
     for name, value in {"slots": slots, "shard_size": shard_size, "workers": workers}.items():
         if value < 1:
             raise UsageError(f"{name} is {value}; expected 1 or more")
+    if workers > 1:
+        raise UsageError(
+            f"workers is {workers}; one process is what is supported yet, and it uses every core: Beam's local "
+            "runner waits without end for a worker process that was killed"
+        )
     if not 0 <= max_error_rate <= 1:
         raise UsageError(f"max_error_rate is {max_error_rate}; expected a share between 0 and 1")
     if sampling.logprobs is not None:
@@ -197,12 +201,10 @@ def _generate(job: "Job", beam_options: Sequence[str]) -> None:
 
     with runners.quiet():
         try:
-            runners.run(job, *runners.local(beam_options, workers=job.workers))
+            runners.run(job, *runners.local(beam_options))
         except Exception as error:
             what = runners.cause(error)
-            if (
-                what == KeyboardInterrupt.__name__
-            ):  # Beam catches it, and raises something of its own
+            if what == KeyboardInterrupt.__name__:  # Beam makes a RuntimeError of it
                 raise KeyboardInterrupt from error
             raise JobError(
                 f"{what}; finished shards are kept: run the same command again to go on"

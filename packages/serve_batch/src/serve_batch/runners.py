@@ -9,11 +9,8 @@ each of several.
 
 import contextlib
 import dataclasses
-import io
 import logging
 import re
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -46,16 +43,15 @@ def _is_not_about_apitools(record: logging.LogRecord) -> bool:
 
 with quiet():
     import apache_beam as beam
-    from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions
+    from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.portability.api import beam_provision_api_pb2
     from apache_beam.runners.portability.fn_api_runner import fn_runner
     from apache_beam.runners.portability.portable_runner import JobServiceHandle
     from apache_beam.runners.runner import PipelineRunner
-    from apache_beam.transforms import environments
 
 
 class GenerateError(Exception):
-    """Why a shard could not be done, in one line: all that survives the way from a worker process."""
+    """Why a shard could not be done, in one line; Beam carries the message alone from a worker to the launcher."""
 
 
 class GenerateShards(beam.DoFn):
@@ -125,42 +121,17 @@ def pipeline_options(flags: Sequence[str]) -> PipelineOptions:
     return options
 
 
-def local(
-    beam_options: Sequence[str] = (), *, workers: int = 1
-) -> tuple[PipelineRunner, PipelineOptions]:
+def local(beam_options: Sequence[str] = ()) -> tuple[PipelineRunner, PipelineOptions]:
     """Returns Beam's in-process runner, made by ourselves, and its options.
 
     By name, `DirectRunner` would try to download the Prism runner first and wait for a dead network without end, and
-    `FnApiRunner` would give worker processes no options at all (beam#34549, and fn_runner.py of 2.77).
+    `FnApiRunner` would give its workers no options at all (beam#34549, and fn_runner.py of 2.77).
     """
     options = pipeline_options(beam_options)
-    options.view_as(DirectOptions).direct_num_workers = workers
     encoded = JobServiceHandle.encode_pipeline_options(options.get_all_options())
     info = beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded)
-    make_environment: Any = environments.SubprocessSDKEnvironment  # its decorator hides the class
-    processes = make_environment(
-        _WORKER_COMMAND, capabilities=environments.python_sdk_capabilities()
-    )
-    runner = fn_runner.FnApiRunner(
-        default_environment=processes if workers > 1 else None,
-        provision_info=fn_runner.ExtendedProvisionInfo(info),
-    )
+    runner = fn_runner.FnApiRunner(provision_info=fn_runner.ExtendedProvisionInfo(info))
     return runner, options
-
-
-# -P keeps the folder that the job was started in off the path: it may hold another `core`.
-_WORKER_COMMAND = shlex.join(
-    [sys.executable, "-P", "-c", "from serve_batch import runners; runners.work()"]
-)
-
-
-def work() -> None:
-    """Is a worker process of the local runner; what it has to say goes to the launcher."""
-    logging.getLogger().addHandler(logging.NullHandler())
-    from apache_beam.runners.worker import sdk_worker_main
-
-    with contextlib.redirect_stderr(io.StringIO()):  # it prints the tracebacks that it sends, too
-        sdk_worker_main.main(sys.argv)
 
 
 def cause(error: Exception) -> str:

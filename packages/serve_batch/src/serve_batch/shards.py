@@ -38,24 +38,22 @@ class Job:
     output: OutputFolder
     sampling: Sampling
     slots: int
-    workers: int
     reports_progress: bool
 
     def start(self) -> "Work":
         """Returns what this process needs for any shard of the job; loads the model if no earlier call did.
 
         Raises:
-          JobError: this process has another `core`, another model, or no device of its own.
+          JobError: this process has another `core` or another model.
         """
         plan = self.output.read_plan()
         if plan is None:
             raise JobError(f"{self.output.plan_file} is gone; start the job again")
         fingerprint = plan.fingerprint
         host.check_code(str(fingerprint["core"]))
-        device = host.device(workers=self.workers)
         revision = str(fingerprint["revision"])
         engine = host.shared(self.model, slots=self.slots, revision=revision)
-        return Work(job=self, plan=plan, engine=engine, device=device)
+        return Work(job=self, plan=plan, engine=engine, device=host.device())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
