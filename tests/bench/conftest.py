@@ -16,7 +16,7 @@ def field(tmp_path: Path) -> Iterator[Callable[..., Field]]:
     """Makes a `Field` of the contestants given."""
     with ExitStack() as stack:
 
-        def make(*contestants: Contestant, timeout_s: float = 60) -> Field:
+        def make(*contestants: Contestant, timeout_s: float = 60, **limits: float) -> Field:
             env = environment(os.environ, device="cpu", threads=2, scratch=tmp_path)
             made = Field(
                 contestants,
@@ -24,7 +24,7 @@ def field(tmp_path: Path) -> Iterator[Callable[..., Field]]:
                 scratch=tmp_path,
                 logs=tmp_path,
                 timeout_s=timeout_s,
-                turn_s=0.02,
+                **{"turn_s": 0.02, **limits},
             )
             return stack.enter_context(made)
 

@@ -59,6 +59,13 @@ def test_short_calls_are_repeated_until_the_turn_is_long_enough_and_long_ones_ar
     assert all(len(turn) == 1 for turn in rows["long"].turns)
 
 
+@pytest.mark.parametrize(("patience_s", "turns"), [(0, 3), (60, 5)])
+def test_rounds_end_when_patience_does_but_never_before_the_third(field, patience_s, turns):
+    both = field(sleeper("a", 0), sleeper("b", 0), patience_s=patience_s)
+    rows = measured(both, workload("decode", rounds=5))
+    assert len(rows["a"].samples) == len(rows["b"].samples) == turns
+
+
 def test_whoever_computes_something_else_is_wrong_and_has_no_speed(field):
     rows = measured(
         field(sleeper("a", 0), sleeper("cheat", 0, '{"tokens": [1, 3]}'), sleeper("c", 0)),

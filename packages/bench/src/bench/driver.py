@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,8 @@ Status = Literal["measured", "wrong", "failed", "not run"]
 TURN_S = 0.3  # long enough that the clock and the first cold call weigh nothing
 MAX_REPEATS = 100
 TIMEOUT_S = 300.0
+PATIENCE_S = 60.0  # for the turns of one workload; beyond it, no more rounds than LEAST_ROUNDS
+LEAST_ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +62,9 @@ class Field:
         logs: Path,
         timeout_s: float = TIMEOUT_S,
         turn_s: float = TURN_S,
+        patience_s: float = PATIENCE_S,
     ) -> None:
-        self.contestants, self.turn_s = contestants, turn_s
+        self.contestants, self.turn_s, self.patience_s = contestants, turn_s, patience_s
         self.hellos: dict[str, dict[str, Any]] = {}
         self._env, self._scratch, self._logs, self._timeout_s = env, scratch, logs, timeout_s
         self._workers: dict[str, Worker] = {}
@@ -128,7 +132,7 @@ def entrants(field: Field, workload: Workload) -> list[Contestant]:
 
 
 def steps(field: Field, workload: Workload) -> int:
-    """Returns how many steps `measure` takes when nothing fails: a preparation and the turns of each contestant."""
+    """Returns how many steps `measure` takes at the most: a preparation and the turns of each contestant."""
     return sum(not c.absent for c in entrants(field, workload)) * (1 + workload.rounds)
 
 
@@ -158,8 +162,10 @@ class _Race:
                 reference = reference or outputs
                 self._check(contestant, reference, outputs)
                 self.repeats[contestant] = self._repeats(contestant)
-        neighbours = machine.Neighbours()
+        neighbours, deadline = machine.Neighbours(), time.monotonic() + self.field.patience_s
         for turn in range(self.workload.rounds):
+            if turn >= LEAST_ROUNDS and time.monotonic() > deadline:
+                break
             order = list(self.repeats)
             for contestant in order if turn % 2 == 0 else order[::-1]:
                 self.advance(contestant.name)

@@ -14,13 +14,14 @@ from bench import comparison
 from bench.driver import Row
 from bench.peers.contestants import OURS
 from bench.workloads import SUITES
+from core.errors import FlaxmillError
 
 THRESHOLDS = Path(__file__).with_name("gate.toml")
 
 Outcome = Literal["passed", "unclear", "failed", "not judged"]
 
 
-class GateError(Exception):
+class GateError(FlaxmillError):
     """A file of thresholds that cannot be meant as it stands."""
 
 

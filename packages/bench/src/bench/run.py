@@ -14,10 +14,11 @@ from bench.driver import Field, Row
 from bench.peers.contestants import Contestant, contestants, environment
 from bench.peers.process import WorkerError
 from bench.workloads import Workload
+from core.errors import FlaxmillError
 
 
-class BenchError(Exception):
-    """The benchmark cannot begin; the text says why and what to do."""
+class BenchError(FlaxmillError):
+    """The benchmark cannot begin, or found what must fail it; the text says what."""
 
 
 def run(
@@ -28,16 +29,24 @@ def run(
     Returns what must make the command fail, a line each, and the files written.
 
     Raises:
-      BenchError: no GPU for the suite "gpu".
+      BenchError: no GPU for the suite "gpu", or files cannot be written.
       gate.GateError: thresholds that cannot be meant.
-      OSError: `out` cannot be written.
     """
+    try:
+        logs = _fresh_logs(out)
+        found = _measured(workloads, suite=suite, command=command, date=date, logs=logs)
+        paths = report.write(found, out)
+    except OSError as error:
+        raise BenchError(f"a file cannot be written: {error}") from error
+    report.show(found)
+    return found.failures, paths
+
+
+def _measured(
+    workloads: Sequence[Workload], *, suite: str, command: str, date: str, logs: Path
+) -> report.Report:
     device = "cuda" if suite == "gpu" else "cpu"
     thresholds = gate.load() if device == "cpu" else ()
-    logs = out / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    for log in logs.glob("*.log"):
-        log.unlink()
     facts = machine.describe()
     everyone = contestants(device=device, threads=machine.threads())
     with tempfile.TemporaryDirectory(prefix="flaxmill-bench-") as folder, _progress() as show:
@@ -48,7 +57,7 @@ def run(
                 _require_gpu(field, everyone[0])
             ceilings = driver.ceilings(field)
             rows = _rows(field, workloads, show)
-    found = report.Report(
+    return report.Report(
         suite=suite,
         command=command,
         date=date,
@@ -58,9 +67,14 @@ def run(
         rows=rows,
         verdicts=gate.judge(rows, thresholds),
     )
-    paths = report.write(found, out)
-    report.show(found)
-    return found.failures, paths
+
+
+def _fresh_logs(out: Path) -> Path:
+    logs = out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    for log in logs.glob("*.log"):
+        log.unlink()
+    return logs
 
 
 def _require_gpu(field: Field, ours: Contestant) -> None:
