@@ -195,6 +195,8 @@ def alphabet(engine) -> Engine:
         (("b",), ""),
         (("never", "bcdx", "klm?"), "bcdefgéhijkl"),
         (("ij", "hijk"), "bcdefgéh"),
+        (("fg", "efg"), "bcd"),  # one token completes both
+        (("efgéh", "gz"), "bcd"),  # "efg" may begin either; the longer beginning is held back
     ],
     ids=str,
 )
