@@ -1,10 +1,14 @@
 """The command line, and what happens to a job from outside: in processes of their own."""
 
+import fcntl
 import os
+import pty
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +98,19 @@ def test_a_job_is_quiet_offline_and_stays_in_its_output_folder(
     assert lines[0].startswith(f"{tmp_path}/out: 10 rows, 1 errors (bad_json 1); 1 of 1 shards in ")
     assert len(read_parts(tmp_path / "out")) == 10
     assert list((tmp_path / "home").iterdir()) == list((tmp_path / "cwd").iterdir()) == []
+
+
+def test_a_terminal_sees_the_rows_go_by(command, environment, write_jsonl, tmp_path):
+    write_jsonl([*prompts(9), b"bad"])
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))  # rows, columns
+    with open(ours, "rb") as terminal:  # noqa: PTH123 (a descriptor)
+        subprocess.run(command, env=environment, stderr=theirs, timeout=100, check=True)
+        os.close(theirs)
+        shown = terminal.read1(10_000).decode()
+    assert "10/10" in shown
+    assert "tokens/s, 1 errors" in shown
+    assert not (tmp_path / "out" / "_progress").exists()
 
 
 @pytest.mark.parametrize(
