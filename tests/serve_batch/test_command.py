@@ -172,7 +172,7 @@ def test_an_interrupted_job_ends_at_once_with_its_lock_released(
         assert job.stderr is not None
         assert job.stderr.read().decode() == "error: interrupted\n"
     assert job.returncode == 130
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
     assert not (out / "_lock").exists()
 
 
