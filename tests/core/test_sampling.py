@@ -158,6 +158,8 @@ def test_draws_follow_the_processed_distribution(sampling):
     [
         ("temperature", -0.1),
         ("temperature", float("nan")),
+        ("temperature", 10**400),
+        ("repetition_penalty", 1e39),
         ("temperature", float("inf")),
         ("temperature", "1"),
         ("temperature", True),

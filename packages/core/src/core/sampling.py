@@ -173,6 +173,11 @@ def _filter(logits_BV: jax.Array, settings: Settings) -> jax.Array:
     )
 
 
-def _number(value: Any) -> float:
-    """`value` if it is a number to compare, else NaN, which no comparison accepts; no rounding of large integers."""
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+def _number(value: Any) -> int | float:
+    """`value` itself; NaN, which no comparison accepts, if it is no number or too large for a float32."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    return value if abs(value) <= _LARGEST else math.nan
+
+
+_LARGEST = float(np.finfo(np.float32).max)
