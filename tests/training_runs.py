@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from train import origin
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.data import open_dataset
+from train.metrics import read_rows
 from train.step import State
 
 
@@ -34,3 +36,10 @@ def different_arrays(one: Path, other: Path) -> list[str]:
     left, right = last_arrays(one), last_arrays(other)
     assert left.keys() == right.keys()
     return [name for name in left if left[name].tobytes() != right[name].tobytes()]
+
+
+def timeless_rows(out_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without what depends on the clock."""
+    times = {"tokens_per_s", "mfu"}
+    rows = read_rows(out_dir / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if key not in times} for row in rows]

@@ -16,7 +16,7 @@ import pytest
 import train
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
-from training_runs import different_arrays
+from training_runs import different_arrays, timeless_rows
 
 ENVIRONMENT = os.environ | {
     "JAX_PLATFORMS": "cpu",
@@ -54,9 +54,8 @@ def assert_one_line(error: str, *parts: str) -> None:
 
 
 def overrides(config: TrainConfig) -> list[str]:
-    default = TrainConfig().to_dict()
-    own = {key: value for key, value in config.to_dict().items() if value != default[key]}
-    return [f"--config.{key}={value}" for key, value in own.items()]
+    """All keys, so that nothing is left to the file."""
+    return [f"--config.{key}={value}" for key, value in config.to_dict().items()]
 
 
 def test_the_literal_command_without_data_says_how_to_get_it():
@@ -116,10 +115,12 @@ def test_every_key_can_be_set_from_the_command_line():
             field.name: changed(getattr(TrainConfig(), field.name))
             for field in dataclasses.fields(TrainConfig)
             if field.name not in ("wandb_log", "device", "dtype", "backend")
-        }
+        },
+        device="cpu",
+        dtype="bfloat16",
+        backend="gloo",
     )
-    fixed = ["--config.device=cpu", "--config.dtype=bfloat16", "--config.backend=gloo"]
-    done = call(GPT2, *overrides(config), "--config.wandb_log=False", *fixed)
+    done = call(GPT2, *overrides(config))
     assert done.returncode == 1
     assert_one_line(done.stderr, "datax/openwebtextx: no such folder")
 
@@ -226,7 +227,7 @@ def assert_ends_as_an_uninterrupted_run(config: TrainConfig, whole_dir: Path) ->
     again = train.run(dataclasses.replace(config, init_from="auto"), progress=False)
     whole = train.run(dataclasses.replace(config, out_dir=str(whole_dir)), progress=False)
     assert different_arrays(again.out_dir, whole.out_dir) == []
-    assert again.losses == whole.losses
+    assert timeless_rows(again.out_dir) == timeless_rows(whole.out_dir)
 
 
 def start(config: TrainConfig) -> subprocess.Popen[str]:

@@ -15,6 +15,7 @@ import core
 import train
 from core.checkpoint import CheckpointError
 from core.tokenizer import Tokenizer
+from train import loop
 from train import origin as origin_lib
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
@@ -22,22 +23,16 @@ from train.data import DataError, open_dataset
 from train.metrics import read_rows
 from train.prepare import prepare
 from train.step import next_tokens
-from training_runs import different_arrays, last_arrays, last_state
-
-TIMES = {"tokens_per_s", "mfu"}
+from training_runs import different_arrays, last_arrays, last_state, timeless_rows
 
 
 def run(config: TrainConfig, **changes) -> train.Result:
     return train.run(dataclasses.replace(config, **changes), progress=False)
 
 
-def timeless(result: train.Result) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in result.rows()]
-
-
 def assert_same_run(one: train.Result, other: train.Result) -> None:
     assert different_arrays(one.out_dir, other.out_dir) == []
-    assert timeless(one) == timeless(other)
+    assert timeless_rows(one.out_dir) == timeless_rows(other.out_dir)
     assert one.best_val_loss == other.best_val_loss
 
 
@@ -96,6 +91,8 @@ def test_the_model_folder_has_the_best_weights_and_the_tokenizer(
     finished: train.Result, base_config: TrainConfig, text: str
 ):
     model, params, tokenizer = core.load(finished.model_dir)
+    evaluations = [row["val_loss"] for row in finished.rows() if "val_loss" in row]
+    assert finished.best_val_loss == min(evaluations) < evaluations[-1]
     assert tokenizer is not None
     assert tokenizer.decode(tokenizer.encode(text[:99])) == text[:99]
     dataset = open_dataset(Path(base_config.data_dir) / "small", block_size=16)
@@ -152,11 +149,36 @@ def test_a_finished_run_resumed_does_nothing(finished: train.Result, config: Tra
     assert (finished.out_dir / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_restored_state_can_be_donated(finished: train.Result):
-    """jax#18617: otherwise the first update after a resume needs the state twice, and does not fit."""
-    state = last_state(finished.out_dir)
-    jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)(state)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+def test_the_state_to_begin_with_can_be_donated(finished: train.Result, config: TrainConfig):
+    """jax#18617: otherwise the first update needs the state twice, and does not fit."""
+    dataset = open_dataset(Path(config.data_dir) / config.dataset, block_size=16)
+    tuning = dataclasses.replace(config, init_from=str(finished.model_dir))
+    device = jax.devices("cpu")[0]
+    origin = origin_lib.begin(tuning, dataset, None, key=jax.random.key(0), device=device)
+    for state in (last_state(finished.out_dir), origin.state):
+        before = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)}
+        add_one = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+        after = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(add_one(state))}
+        assert after == before
+
+
+def test_update_i_sees_batch_i(config: TrainConfig):
+    still = run(config, learning_rate=0.0, min_lr=0.0, dropout=0.0)
+    model, params, _ = core.load(still.model_dir)
+    dataset = open_dataset(Path(config.data_dir) / config.dataset, block_size=16)
+    logged = {row["iter"]: row["train_loss"] for row in still.rows() if "train_loss" in row}
+    for i in (0, 7, 33):
+        batch_BS = dataset.batch("train", seed=config.seed, step=i, rows=15, length=17)
+        expected = core.loss(params, model, next_tokens(jnp.asarray(batch_BS)))
+        assert logged[i] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_a_second_signal_takes_effect_at_once():
+    with loop._stop_signals() as received:
+        signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_an_infinite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(config: TrainConfig):
