@@ -10,7 +10,10 @@ import hashlib
 import http.server
 import json
 import re
+import socket
+import struct
 import threading
+import time
 from collections.abc import Iterator
 
 
@@ -18,8 +21,8 @@ from collections.abc import Iterator
 class Hub:
     """What is served and what was asked.
 
-    `cuts` are consumed one by storage request: the connection closes after so many bytes. `stalls` is set by a test
-    that wants the connection to stay open without a byte more after a cut, and released to let the server end.
+    `cuts` are consumed one a storage request: the connection ends after so many bytes, with a reset instead of an
+    orderly close if `resets`. With a `stall` it first stays open without a byte more until that event.
     """
 
     repos: dict[str, dict[str, dict[str, bytes]]]
@@ -27,6 +30,7 @@ class Hub:
     requests: list[tuple[str, str, str | None]] = dataclasses.field(default_factory=list)
     cuts: list[int] = dataclasses.field(default_factory=list)
     stall: threading.Event | None = None
+    resets: bool = False
     refuses: bool = False
     endpoint: str = ""
 
@@ -125,6 +129,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if cut is not None:
             if self.hub.stall is not None:
                 self.hub.stall.wait(60)
+            if self.hub.resets:
+                time.sleep(0.3)  # a reset discards what the client has not read yet
+                self.connection.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                )
+                self.connection.close()
             self.close_connection = True
 
 

@@ -178,6 +178,8 @@ def test_wrong_arguments_are_told(tmp_path: Path):
         convert.convert(source, out=tmp_path / "out", revision="main")
     with pytest.raises(ConvertError, match="neither a path here nor a model"):
         convert.convert("no such thing", out=tmp_path / "out")
+    with pytest.raises(ConvertError, match=r"Not a directory|File exists"):
+        convert.convert(source, out=source / "config.json" / "out")
 
 
 def test_the_folder_of_a_known_name_is_used_before_the_hub(

@@ -126,8 +126,9 @@ def test_only_what_is_needed_is_fetched(hub: Hub, fetch: Run, commits):
     assert fetched(fetch(REPO)) == commits[NEW]
 
 
-def test_a_broken_connection_resumes_where_it_broke(hub: Hub, fetch: Run, commits):
-    hub.cuts = [15_000_000]
+@pytest.mark.parametrize("resets", [False, True])
+def test_a_broken_connection_resumes_where_it_broke(hub: Hub, fetch: Run, commits, resets: bool):
+    hub.cuts, hub.resets = [15_000_000], resets
     assert fetched(fetch(REPO, LARGE)) == commits[LARGE]
     assert hub.storage_requests() == [None, f"bytes={CHUNK}-"]
 
@@ -193,6 +194,17 @@ def test_what_arrived_wrong_is_deleted_and_told(hub: Hub, fetch: Run, tmp_path: 
     partial.write_bytes(b"not the beginning of that file")
     assert "it was deleted, run this again" in hf.the_error(fetch(REPO, "v1"), stdout=None)
     assert not partial.exists()
+    assert fetched(fetch(REPO, "v1")) == commits[OLD]
+
+
+def test_a_leftover_longer_than_the_file_is_thrown_away(
+    hub: Hub, fetch: Run, tmp_path: Path, commits
+):
+    data = commits[OLD]["model.safetensors"]
+    digest = hashlib.sha256(data).hexdigest()
+    partial = tmp_path / "hf" / "hub" / "models--flax--tiny" / "blobs" / f"{digest}.incomplete"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(data + b"and more")
     assert fetched(fetch(REPO, "v1")) == commits[OLD]
 
 

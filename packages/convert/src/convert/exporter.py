@@ -47,7 +47,7 @@ def export(
         ):
             _write_weights(fresh, tensors, shard_bytes, advance)
             _write_json(fresh / safetensors.CONFIG, _hf_config(folder.config, tensors))
-            for name in folder.manifest["files"]:
+            for name in folder.manifest.get("files", {}):
                 (fresh / name).write_bytes((model / name).read_bytes())
     except (checkpoint.CheckpointError, OSError) as error:
         raise ConvertError(str(error)) from error

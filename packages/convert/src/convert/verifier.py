@@ -38,10 +38,11 @@ def verify(
     problems = list(_differing_files(folder))
     if plan is not None and plan.match.config.to_dict() != folder.config.to_dict():
         problems.append(f"config.json describes another model than {against}")
+    hashes = folder.manifest.get("tensors", {})
     total = sum(array.nbytes for array in folder.tensors.values())
     with progress.bar("verifying", total, quiet) as advance:
         for name, array in folder.tensors.items():
-            if _sha256(array) != folder.manifest["tensors"][name]["sha256"]:
+            if _sha256(array) != hashes.get(name, {}).get("sha256"):
                 problems.append(f"{name} has another hash than in the manifest")
             if plan is not None and not _holds(plan, name, array):
                 problems.append(f"{name} is not what {against} holds")
@@ -49,12 +50,15 @@ def verify(
     if problems:
         raise ConvertError(f"{model}: {len(problems)} differences", problems)
     return Report(
-        len(folder.tensors), len(folder.manifest["files"]), total, str(against) if against else None
+        len(folder.tensors),
+        len(folder.manifest.get("files", {})),
+        total,
+        str(against) if against else None,
     )
 
 
 def _differing_files(folder: checkpoint.ModelFolder) -> Iterator[str]:
-    for name, entry in folder.manifest["files"].items():
+    for name, entry in folder.manifest.get("files", {}).items():
         path = folder.path / name
         if not path.is_file():
             yield f"{name} is missing"

@@ -49,20 +49,12 @@ def open_source(path: str | Path, *, format: str = "auto") -> Source:
     Raises:
       ConvertError: nothing there, nothing that is understood, or a file that is damaged.
     """
-    from convert.sources import safetensors
-
-    path = Path(path)
-    if not path.exists():
-        raise ConvertError(f"{path}: no such file or folder")
     if format not in ("auto", "hf"):
         raise ConvertError(f"format {format!r} is not one of auto, hf")
-    if _is_model_folder(path if path.is_dir() else path.parent):
-        raise ConvertError(
-            f"{path}: already a model folder; use it as it is, or write another format with convert.export"
-        )
-    if safetensors.recognizes(path):
-        return safetensors.open_folder(path)
-    raise ConvertError(f"{path}: {_seen(path)}; expected {safetensors.EXPECTED}")
+    try:
+        return _open(Path(path))
+    except OSError as error:
+        raise ConvertError(f"{path}: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -74,6 +66,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConvertError(f"{path}: holds a JSON {type(value).__name__}; expected an object")
     return value
+
+
+def _open(path: Path) -> Source:
+    from convert.sources import safetensors
+
+    if not path.exists():
+        raise ConvertError(f"{path}: no such file or folder")
+    if _is_model_folder(path if path.is_dir() else path.parent):
+        raise ConvertError(
+            f"{path}: already a model folder; use it as it is, or write another format with convert.export"
+        )
+    if safetensors.recognizes(path):
+        return safetensors.open_folder(path)
+    raise ConvertError(f"{path}: {_seen(path)}; expected {safetensors.EXPECTED}")
 
 
 def _is_model_folder(folder: Path) -> bool:
