@@ -145,6 +145,27 @@ def test_dropout_depends_on_its_key_alone_and_on_nothing_at_rate_zero(model, par
     np.testing.assert_array_equal(with_key, apply(params, tokens_BT))
 
 
+@pytest.mark.parametrize(
+    ("rate", "silenced"),
+    [("embd_pdrop", ""), ("attn_pdrop", ""), ("resid_pdrop", "mlp"), ("resid_pdrop", "attn")],
+    ids=["embeddings", "attention weights", "after attention", "after the MLP"],
+)
+def test_dropout_is_in_each_of_its_four_places(rate, silenced):
+    """With one rate at work and the other branch's output zero, two keys give two results."""
+    rates = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0} | {rate: 0.5}
+    model = core.build(tiny.config(n_layer=1, **rates))
+    flat: dict[str, Any] = traverse_util.flatten_dict(tiny.params(model), sep=".")
+    for name in (f"blocks.0.{silenced}.{part}" for part in ("out", "down")):
+        for kind in ("kernel", "bias"):
+            if f"{name}.{kind}" in flat:
+                flat[f"{name}.{kind}"] *= 0
+    params = traverse_util.unflatten_dict(flat, sep=".")
+    tokens_BT = tiny.tokens(model.config, 1, 9)
+    noisy = jax.jit(lambda key: model.apply(params, tokens_BT, dropout_key=key))
+    one, other = (np.asarray(noisy(jax.random.key(seed))) for seed in (0, 1))
+    assert (one[0, -1] != other[0, -1]).mean() > 0.9
+
+
 def test_dropout_zeroes_its_share_and_keeps_the_mean():
     from core.layers import dropout
 
