@@ -221,6 +221,7 @@ def tied(rng: np.random.Generator) -> np.ndarray:
         Sampling(top_k=5000),
         Sampling(top_p=0.9),
         Sampling(top_p=0.01),
+        Sampling(top_p=1e-9),
         Sampling(min_p=0.1),
         Sampling(temperature=1.7, top_k=50, top_p=0.85, min_p=0.02, repetition_penalty=1.2),
         Sampling(temperature=0.3, top_k=400, top_p=0.99, min_p=0.3, repetition_penalty=3.0),

@@ -21,6 +21,7 @@ SETTINGS = [
     Sampling(top_k=1000),
     Sampling(top_p=0.9),
     Sampling(top_p=0.001),
+    Sampling(top_p=1e-9),
     Sampling(temperature=0.5, top_k=20, top_p=0.8),
     Sampling(min_p=0.2),
     Sampling(min_p=1.0),
