@@ -291,8 +291,10 @@ def _check_out_dir(config: TrainConfig, out_dir: Path) -> bool:
         )
     if config.init_from in ("resume", "auto"):
         folder = out_dir / "checkpoints"
-        if folder.is_dir() and Checkpoints(folder).latest() is not None:
-            return True
+        if folder.is_dir():
+            with Checkpoints(folder) as checkpoints:
+                if checkpoints.latest() is not None:
+                    return True
         if config.init_from == "resume":
             raise TrainError(
                 f"{folder}: no checkpoint to resume from; use init_from=scratch or auto"
