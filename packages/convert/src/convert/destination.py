@@ -1,11 +1,9 @@
-"""Where output goes: a folder that appears whole or not at all, and never in the place of something else."""
+"""Where output may go: never in the place of something else, and where there is room."""
 
-import contextlib
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from convert.errors import ConvertError
+from core import folders
 
 
 def check(out: str | Path, *, overwrite: bool, source: Path | None = None) -> Path:
@@ -30,24 +28,6 @@ def check(out: str | Path, *, overwrite: bool, source: Path | None = None) -> Pa
 
 def check_space(out: Path, nbytes: int) -> None:
     """Raises ConvertError if the disk under `out` has less than `nbytes` free."""
-    parent = next(parent for parent in out.absolute().parents if parent.exists())
-    free = shutil.disk_usage(parent).free
+    free = folders.free_bytes(out)
     if nbytes > free:
         raise ConvertError(f"{out}: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
-
-
-@contextlib.contextmanager
-def fresh_folder(out: Path) -> Iterator[Path]:
-    """Gives an empty sibling of `out` to fill; it takes the name when the block ends well and is removed otherwise."""
-    partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if out.exists():
-            out.rename(old)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

@@ -13,7 +13,7 @@ import numpy as np
 from convert import destination, mapping, progress, tables
 from convert.errors import ConvertError
 from convert.sources import safetensors
-from core import axes, checkpoint
+from core import axes, checkpoint, folders
 from core.config import GPT2Config
 
 FORMATS = ("hf",)
@@ -42,7 +42,7 @@ def export(
         total = sum(array.nbytes for array in tensors.values())
         destination.check_space(out, total)
         with (
-            destination.fresh_folder(out) as fresh,
+            folders.fresh(out) as fresh,
             progress.bar("exporting", total, quiet) as advance,
         ):
             _write_weights(fresh, tensors, shard_bytes, advance)

@@ -17,17 +17,14 @@ import json
 import math
 import mmap
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
-from flax import traverse_util
 
-from core import axes
+from core import axes, folders
 from core import config as config_lib
 from core.config import GPT2Config
 from core.errors import CheckpointError as CheckpointError
@@ -76,6 +73,9 @@ class ModelFolder:
 
         On a CPU the arrays share the file's pages and cost no memory: never donate them.
         """
+        import jax  # not above: conversion reads and writes folders without it
+        from flax import traverse_util
+
         arrays = {
             name: jax.device_put(x if dtype is None else x.astype(dtype))
             for name, x in self.tensors.items()
@@ -140,18 +140,13 @@ def write(
       shard_bytes: no shard is larger, unless one tensor is.
 
     Raises:
-      CheckpointError: `path` exists and `overwrite` is false; the specs are not the configuration's; the disk is full.
+      CheckpointError: `path` exists and is not to be replaced; the specs are not the configuration's; the disk is full.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise CheckpointError(f"{path} exists; choose another folder or pass --overwrite")
+    _check_replaceable(path, overwrite=overwrite)
     _check_specs(path, config, specs)
-    partial = path.with_name(path.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    try:
-        _check_space(partial, specs)
+    _check_space(path, specs)
+    with folders.fresh(path) as partial:
         entries, shards = {}, {}
         plan = _plan_shards(specs, shard_bytes)
         for number, shard in enumerate(plan, start=1):
@@ -159,9 +154,10 @@ def write(
             entries |= _write_shard(partial / name, shard, read, on_bytes)
             shards[name] = (partial / name).stat().st_size
         _write_json(partial / "config.json", config.to_dict())
+        version = importlib.metadata.version("flaxmill-core")
         manifest = {
             "format_version": FORMAT_VERSION,
-            "tool": {"name": "flaxmill", "version": importlib.metadata.version("flaxmill-core")},
+            "tool": {"name": "flaxmill", "version": version},
             "source": dict(source or {}),
             "parameters": config.parameter_count,
             "shards": shards,
@@ -169,10 +165,6 @@ def write(
             "tensors": {spec.name: entries[spec.name] for spec in specs},
         }
         _write_json(partial / MANIFEST, manifest)
-        _replace(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return manifest
 
 
@@ -186,6 +178,8 @@ def save(
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes a nested parameter dict as a model folder and returns the manifest; see `write`."""
+    from flax import traverse_util
+
     flat: dict[str, Any] = traverse_util.flatten_dict(dict(params), sep=".")
     missing, extra = config.tensors().keys() - flat.keys(), flat.keys() - config.tensors().keys()
     if missing or extra:
@@ -332,11 +326,20 @@ def _check_specs(path: Path, config: GPT2Config, specs: Sequence[TensorSpec]) ->
     _check_names(path, config, {s.name: np.broadcast_to(np.uint8(0), s.shape) for s in specs})
 
 
-def _check_space(folder: Path, specs: Iterable[TensorSpec]) -> None:
-    needed, free = sum(spec.nbytes for spec in specs), shutil.disk_usage(folder).free
+def _check_replaceable(path: Path, *, overwrite: bool) -> None:
+    if not path.exists():
+        return
+    if not overwrite:
+        raise CheckpointError(f"{path} exists; choose another folder or pass --overwrite")
+    if not path.is_dir() or (any(path.iterdir()) and not (path / MANIFEST).is_file()):
+        raise CheckpointError(f"{path} is not a model folder and is not overwritten; remove it")
+
+
+def _check_space(path: Path, specs: Iterable[TensorSpec]) -> None:
+    needed, free = sum(spec.nbytes for spec in specs), folders.free_bytes(path)
     if needed > free:
         raise CheckpointError(
-            f"{folder.parent}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+            f"{path}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
         )
 
 
@@ -347,17 +350,6 @@ def _copy_files(folder: Path, files: Mapping[str, Path | bytes]) -> dict[str, di
         (folder / name).write_bytes(data)
         entries[name] = {"nbytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     return entries
-
-
-def _replace(partial: Path, path: Path) -> None:
-    """Gives `partial` the name `path`; a folder that had it is moved aside first and deleted last."""
-    old = path.with_name(path.name + ".old")
-    if old.exists():
-        shutil.rmtree(old)
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -53,12 +53,12 @@ def run(
             sys.stdout.flush()
         except Usage as error:
             _fail(f"{error}; --help lists the flags", 2)
-        except FlaxmillError as error:
+        except BrokenPipeError:  # whoever read our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (FlaxmillError, OSError) as error:  # OSError: no permission, a full disk
             _fail(str(error), 1)
         except KeyboardInterrupt:
             _fail("interrupted", 130)
-        except BrokenPipeError:  # whoever read our output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     app.run(guarded, flags_parser=parse)
     sys.exit(0)

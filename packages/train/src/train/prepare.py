@@ -8,7 +8,6 @@ import glob
 import hashlib
 import itertools
 import json
-import shutil
 import sys
 import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from core import door
+from core import door, folders
 from core.tokenizer import TOKENIZER_FILES, Tokenizer
 from train.data import META_FILE, TOKEN_FILES, DataError, Meta
 
@@ -61,18 +60,8 @@ def prepare(
     out = Path(out)
     _check_replaceable(out, overwrite=overwrite)
     train, val = split(list(texts), val_fraction)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        meta = _write(partial, {"train": train, "val": val}, tokenizer, source)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
-    return meta
+    with folders.fresh(out) as partial:
+        return _write(partial, {"train": train, "val": val}, tokenizer, source)
 
 
 def split(texts: Sequence[str], val_fraction: float) -> tuple[list[str], list[str]]:
