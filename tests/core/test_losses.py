@@ -10,6 +10,9 @@ import reference
 import tiny
 
 
+value_and_grad = jax.jit(jax.value_and_grad(core.loss), static_argnums=1)
+
+
 def a_batch(config, *shape: int) -> core.Batch:
     """Random targets, some of them to be ignored."""
     inputs_BT, targets_BT = tiny.tokens(config, 2, *shape)
@@ -18,7 +21,7 @@ def a_batch(config, *shape: int) -> core.Batch:
 
 def test_loss_is_the_numpy_reference_s_with_ignored_targets_left_out(model, params):
     batch = a_batch(model.config, 3, 11)
-    found = core.loss(params, model, batch)
+    found, _ = value_and_grad(params, model, batch)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, reference.loss(model.config, params, *batch), rtol=1e-6)
 
@@ -26,7 +29,7 @@ def test_loss_is_the_numpy_reference_s_with_ignored_targets_left_out(model, para
 def test_loss_without_any_target_is_zero_and_has_no_gradient(model, params):
     inputs_BT = tiny.tokens(model.config, 3, 11)
     batch = core.Batch(inputs_BT, jnp.full_like(inputs_BT, -1))
-    value, grads = jax.jit(jax.value_and_grad(core.loss), static_argnums=1)(params, model, batch)
+    value, grads = value_and_grad(params, model, batch)
     assert value == 0
     assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(grads))
 
@@ -40,7 +43,7 @@ def test_cross_entropy_survives_logits_as_large_as_float32_allows():
 def test_gradients_are_the_finite_differences_of_the_numpy_reference(model, params):
     """Along one random direction a tensor; the float64 differences themselves are good to 1e-8."""
     batch = a_batch(model.config, 3, 11)
-    grads = jax.jit(jax.grad(core.loss), static_argnums=1)(params, model, batch)
+    _, grads = value_and_grad(params, model, batch)
     flat_grads: dict[str, Any] = traverse_util.flatten_dict(grads, sep=".")
     flat: dict[str, Any] = traverse_util.flatten_dict(reference.float64(params), sep=".")
     rng, step = np.random.default_rng(0), 1e-5
