@@ -9,7 +9,6 @@ import core
 import reference
 import tiny
 
-
 value_and_grad = jax.jit(jax.value_and_grad(core.loss), static_argnums=1)
 
 
