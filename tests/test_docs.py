@@ -5,10 +5,12 @@ what the pages speak of: a (tiny) models/gpt2, prompts, the configs and the Make
 """
 
 import contextlib
+import functools
 import io
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,8 +27,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 # Commands that end with exit code 1 where there is no network, and what they then say.
 NEEDS_NETWORK = {
-    "python -m convert --model=": "models/src/",
-    "python -m train.prepare --dataset=": "--text",
+    "-m convert --model=": "models/src/",
+    "-m train.prepare --dataset=": "--text",
 }
 # What the tests themselves are part of, or what takes minutes: only their names are checked.
 NOT_RUN = ("make ",)
@@ -43,7 +45,7 @@ def commands(page: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
+def template(tmp_path_factory):
     """A folder like the checkout, with a tiny model where the pages have GPT-2."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("configs", "Makefile", "requirements.txt", "requirements-peers.txt", "packages"):
@@ -64,8 +66,19 @@ def checkout(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def checkout(template, tmp_path_factory):
+    """Returns a page's own copy of the folder, in which its blocks follow one another."""
+
+    @functools.cache
+    def copy(page: Path, kind: str) -> Path:
+        return shutil.copytree(template, tmp_path_factory.mktemp(kind) / page.stem, symlinks=True)
+
+    return copy
+
+
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
+    environment = os.environ | {"HF_HOME": str(folder / "hf")}
     environment |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     return subprocess.run(
         command,
@@ -81,7 +94,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_run(page, checkout, monkeypatch):
-    monkeypatch.chdir(checkout)
+    monkeypatch.chdir(checkout(page, "python"))
     namespace = {"__name__": "__main__", "np": np}
     with contextlib.redirect_stdout(io.StringIO()), jax.numpy_dtype_promotion("standard"):
         for block in blocks(page, "python"):
@@ -99,11 +112,9 @@ def test_python_blocks_run(page, checkout, monkeypatch):
     ],
 )
 def test_commands_run(page, command, checkout):
-    command = quickened(command)
-    result = run(re.sub(r"^(\.venv/bin/)?python\b", shlex.quote(sys.executable), command), checkout)
-    expected = next(
-        (say for start, say in NEEDS_NETWORK.items() if command.startswith(start)), None
-    )
+    command = re.sub(r"^python\b", shlex.quote(sys.executable), quickened(command))
+    result = run(command, checkout(page, "bash"))
+    expected = next((say for start, say in NEEDS_NETWORK.items() if start in command), None)
     if expected is None:
         assert result.returncode == 0, result.stderr
     else:
