@@ -110,7 +110,7 @@ class Field:
 
 def ceilings(field: Field) -> dict[str, dict[str, float]]:
     """Returns the rates that each contestant reaches on this machine, without those that cannot say."""
-    rates = {}
+    rates: dict[str, dict[str, float]] = {}
     for contestant in field.contestants:
         if contestant.absent:
             continue

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from bench.comparison import Spread
@@ -40,9 +41,7 @@ def png(title: str, subtitle: str, bars: Sequence[Bar]) -> bytes:
     for bar, y in zip(bars, places, strict=True):
         _draw(axes, y, bar, colours[bar.peer])
     _dress(axes, bars, places)
-    handles = [
-        axes.barh(0, 0, color=colour, label=f"against {peer}") for peer, colour in colours.items()
-    ]
+    handles = [Patch(color=colour, label=f"against {peer}") for peer, colour in colours.items()]
     figure.text(0.015, 1 - 0.12 / height, title, va="top", fontsize=14, weight="bold", color=INK)
     figure.text(0.015, 1 - 0.42 / height, subtitle, va="top", fontsize=8, color=FAINT)
     if handles:
@@ -94,7 +93,9 @@ def _dress(axes: Axes, bars: Sequence[Bar], places: Sequence[float]) -> None:
     low = min((s.low for s in found), default=1.0)
     high = max((s.high for s in found), default=1.0)
     axes.set_xscale("log")
-    axes.set_xlim(min(0.75, low / 1.25), max(1.6, high * 1.25))
+    low, high = min(0.9, low), max(1.5, high)
+    room = (high / low) ** 0.12  # for the figures at the ends of the bars
+    axes.set_xlim(low / room, high * room)
     axes.set_ylim(max(places, default=0) + 0.8, -0.8)
     middles = {
         w: [y for b, y in zip(bars, places, strict=True) if b.workload == w]

@@ -59,6 +59,15 @@ class Report:
         ]
         return broken + slow
 
+    @property
+    def neighbours(self) -> float:
+        """The largest share of the cores that others used during a workload."""
+        return max((row.neighbours or 0.0 for row in self.rows), default=0.0)
+
+    @property
+    def is_busy(self) -> bool:
+        return self.neighbours > machine.BUSY
+
     def ceiling(self, name: str) -> float | None:
         """Returns the best rate that anyone reached."""
         return max((rates[name] for rates in self.ceilings.values()), default=None)
@@ -254,11 +263,10 @@ def _circumstances(report: Report) -> list[str]:
         f"{facts['system']}, Python {facts['python']}",
         ", ".join(f"{name} {version}" for name, version in _versions(report).items()),
     ]
-    busy = max((row.neighbours or 0.0 for row in report.rows), default=0.0)
-    if busy > machine.BUSY:
+    if report.is_busy:
         lines.append(
-            f"THE MACHINE WAS BUSY: others used up to {busy:.0%} of its cores meanwhile, so figures and ratios are "
-            "not to be trusted"
+            f"THE MACHINE WAS BUSY: others used up to {report.neighbours:.0%} of its cores meanwhile, "
+            "so figures and ratios are not to be trusted"
         )
     return [line for line in lines if line]
 
@@ -295,7 +303,9 @@ def _verdict(report: Report) -> list[str]:
     counts = {outcome: outcomes.count(outcome) for outcome in dict.fromkeys(outcomes)}
     if not counts:
         return []
-    lines = ["gate: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items())]
+    busy = " on a busy machine; run it again on a quiet one" if report.is_busy else ""
+    outcome_counts = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    lines = [f"gate: {outcome_counts}{busy}"]
     for verdict in report.verdicts:
         found = verdict.speedup
         asked = f"{verdict.threshold.at_least:g}x of {verdict.threshold.against}"

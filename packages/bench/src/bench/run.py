@@ -55,18 +55,29 @@ def _measured(
         with Field(everyone, env=env, scratch=scratch, logs=logs) as field:
             if device == "cuda":
                 _require_gpu(field, everyone[0])
-            ceilings = driver.ceilings(field)
+            # Before and after: whoever disturbs one of them does not make the limits lower than they are.
+            looks = [driver.ceilings(field)]
             rows = _rows(field, workloads, show)
+            looks.append(driver.ceilings(field))
     return report.Report(
         suite=suite,
         command=command,
         date=date,
         machine=facts,
         versions={name: hello["versions"] for name, hello in field.hellos.items()},
-        ceilings=ceilings,
+        ceilings=best(looks),
         rows=rows,
         verdicts=gate.judge(rows, thresholds),
     )
+
+
+def best(looks: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Returns the highest rates of each contestant."""
+    best: dict[str, dict[str, float]] = {}
+    for contestant, rates in (item for look in looks for item in look.items()):
+        known = best.setdefault(contestant, rates)
+        best[contestant] = {name: max(rate, known[name]) for name, rate in rates.items()}
+    return best
 
 
 def _fresh_logs(out: Path) -> Path:
