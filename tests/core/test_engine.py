@@ -9,6 +9,7 @@ import pytest
 
 import reference
 import tiny
+from core import decode
 from core import engine as engine_lib
 from core.engine import Completion, Engine, Event, Request, RequestError
 from core.sampling import Sampling
@@ -304,7 +305,7 @@ def test_more_alternatives_than_the_vocabulary_are_all_of_it(engine):
 
 def test_equal_shapes_compile_once(engine, varied):
     """Other prompts, settings, seeds, lengths and numbers of rows find the program that `varied` compiled."""
-    programs: list[Any] = [engine_lib._start, engine_lib._go_on]
+    programs: list[Any] = [decode.start, decode.go_on]
     before = [program._cache_size() for program in programs]
     assert before[0] > 0
     for rows in (1, 4, 11):
@@ -320,7 +321,7 @@ def test_equal_shapes_compile_once(engine, varied):
 
 def test_more_slots_than_one_prefill_takes_are_prefilled_in_parts(engine):
     """80 prompts of 16 places are 1,280 tokens, two parts of 40 rows."""
-    assert 80 * engine_lib.SMALLEST_PREFILL > engine_lib.PREFILL_TOKENS
+    assert 80 * engine_lib.SMALLEST_PREFILL > decode.PREFILL_TOKENS
     wide = Engine(engine.model, engine.params, engine.tokenizer, slots=80)
     short = Sampling(temperature=0, max_new_tokens=4)
     requests = [Request(f"{i} is number {i}", short) for i in range(70)]

@@ -5,6 +5,7 @@
 With --json, one object a line: "prompt_tokens", "tokens", "text", "finish_reason", and "logprobs" if asked for.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -87,10 +88,10 @@ def main() -> None:
         engine.check(Request(prompt, sampling))  # before anything is printed
     if engine.tokenizer is None and not _JSON.value:
         raise door.Usage(f"{_MODEL.value} has no tokenizer to print text with; pass --json")
-    for prompt in prompts:
+    write = _write_json if _JSON.value else _write_text
+    for number, prompt in enumerate(prompts):
         for sample in range(_NUM_SAMPLES.value):
-            write = _write_json if _JSON.value else _write_text
-            write(engine, prompt, sampling, str(sample))
+            write(engine, prompt, sampling, f"{number}.{sample}")
 
 
 def _write_text(engine: "Engine", prompt: Any, sampling: "Sampling", id_: str) -> None:
@@ -126,11 +127,18 @@ def _record(engine: "Engine", completion: "Completion") -> dict[str, Any]:
         echoed = engine.score(completion.prompt_tokens, _LOGPROBS.value or 0)
         known = [score.logprob for score in echoed if score.logprob is not None]
         if not completion.tokens:
-            record["perplexity"] = math.exp(-sum(known) / len(known)) if known else None
+            record["perplexity"] = _perplexity(known)
         scores = echoed + scores
     if _ECHO.value or _LOGPROBS.value is not None:
         record["logprobs"] = [_score(score) for score in scores]
     return record
+
+
+def _perplexity(logprobs: list[float]) -> float | None:
+    """Returns exp of the mean negative log-probability; None for no tokens, and where no float is large enough."""
+    with contextlib.suppress(OverflowError, ZeroDivisionError):
+        return math.exp(-sum(logprobs) / len(logprobs))
+    return None
 
 
 def _score(score: "TokenScore") -> dict[str, Any]:
@@ -168,7 +176,7 @@ def _int(value: Any) -> int:
 def _file(argument: str) -> str:
     path = Path(argument.removeprefix("FILE:"))
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"the prompt file {path} cannot be read: {error}") from error
 

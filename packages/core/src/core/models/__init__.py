@@ -6,6 +6,7 @@ logits_BTV = model.apply(params, tokens_BT)
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +32,7 @@ class Model:
     def init(self, key: jax.Array) -> Params:
         """Returns fresh float32 parameters, drawn as GPT-2 was: N(0, initializer_range), biases zero."""
         tokens_BT = jnp.zeros((1, 1), jnp.int32)
-        return jax.jit(GPT2(self.config).init)(key, tokens_BT, tokens_BT)["params"]
+        return _init(GPT2(self.config), key, tokens_BT)["params"]
 
     def apply(
         self,
@@ -89,6 +90,11 @@ class Model:
             tuple[jax.Array, KVCache],
             module.apply({"params": params}, tokens_BT, positions_BT, cache, None, only_B),
         )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(module: GPT2, key: jax.Array, tokens_BT: jax.Array) -> Any:
+    return module.init(key, tokens_BT, tokens_BT)
 
 
 def load(path: str | Path, dtype: Any = None) -> tuple[Model, Params, Tokenizer | None]:
