@@ -22,6 +22,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 UV ?= $(shell uv --version 2>/dev/null | grep -q '^uv 0\.13\.' && echo uv || echo .bootstrap/bin/uv)
 PACKAGES := core convert train serve_batch bench
 RUN := .venv/bin/python -m
+PYTEST := pytest -n auto --maxprocesses 4
 
 .PHONY: help sync demo test test-slow parity check format convert train generate batch bench env pins clean uv
 
@@ -35,13 +36,13 @@ demo: .venv/.synced ## The whole pipeline on real text in three minutes, offline
 	@$(RUN) bench.demo $(ARGS)
 
 test: .venv/.synced ## The fast tests, without torch (under five minutes on two cores).
-	$(RUN) pytest -m "not slow and not parity and not gpu" $(ARGS)
+	$(RUN) $(PYTEST) -m "not slow and not parity and not gpu" $(ARGS)
 
 test-slow: .venv/.synced ## The tests that take more than 20 seconds each.
-	$(RUN) pytest -m "slow and not parity and not gpu" $(ARGS)
+	$(RUN) $(PYTEST) -m "slow and not parity and not gpu" $(ARGS)
 
 parity: .venv-peers/.synced ## The comparisons with torch and transformers (builds .venv-peers, 5 GB).
-	.venv-peers/bin/python -m pytest -m parity $(ARGS)
+	.venv-peers/bin/python -m $(PYTEST) -m parity $(ARGS)
 
 check: .venv/.synced ## Formatting, lint, types and the floors between the modules.
 	.venv/bin/ruff format --check -q .

@@ -95,7 +95,7 @@ BUSY = "import time\nwhile time.process_time() < 0.4: pass"
 def test_what_our_own_processes_use_is_ours():
     before_s = machine.ours_s()
     subprocess.run([sys.executable, "-c", BUSY], check=True)
-    assert machine.ours_s() - before_s >= 0.4
+    assert machine.ours_s() - before_s >= 0.9 * 0.4  # the kernel counts in hundredths
 
 
 def test_what_a_process_of_others_uses_is_the_neighbours(tmp_path):
