@@ -148,3 +148,13 @@ def test_make_targets_exist(page):
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_named_files_are_there(page):
+    named = re.findall(r"`((?:tests|packages|configs|docs|core)/[\w./-]+)`", page.read_text())
+    paths = [
+        name.replace("core/", "packages/core/src/core/", 1) if name.startswith("core/") else name
+        for name in named
+    ]
+    assert [path for path in paths if not (ROOT / path).exists()] == []

@@ -1,6 +1,6 @@
 """The whole pipeline on real text, offline: about two minutes on two cores.
 
-    python -m bench.demo [--out=out/demo] [--iters=500] [--prompts=300]
+    python -m bench.demo [--out=out/demo] [--iters=300] [--prompts=300]
 
 Takes the reference text that every CPython ships (`pydoc_data.topics`), trains a tokenizer and a small GPT-2 on it,
 exports the model to a Hugging Face folder, converts that back and proves it identical, and continues a few hundred
@@ -28,7 +28,7 @@ from core import door
 from core.errors import FlaxmillError
 
 _OUT = flags.DEFINE_string("out", "out/demo", "Where everything goes; emptied first.")
-_ITERS = flags.DEFINE_integer("iters", 500, "Training iterations.", lower_bound=1)
+_ITERS = flags.DEFINE_integer("iters", 300, "Training iterations.", lower_bound=1)
 _PROMPTS = flags.DEFINE_integer("prompts", 300, "Prompts for the Beam job.", lower_bound=3)
 
 HELD_OUT = 0.1  # of the text, at its end
@@ -136,7 +136,7 @@ def _train(out: Path, iters: int, results: list[str]) -> Path:
         block_size=128,
         batch_size=12,
         gradient_accumulation_steps=1,
-        dropout=0.1,
+        dropout=0.0,
         bias=True,
         learning_rate=2e-3,
         min_lr=2e-4,
