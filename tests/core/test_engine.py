@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 import reference
 import tiny
@@ -359,3 +360,14 @@ def test_bfloat16_parameters_generate(model):
         params, jnp.array([[1, 2, 3]])
     )[0, -1]
     assert logits_BV[completion.tokens[0]] >= np.sort(logits_BV)[-2]  # a tie in bfloat16 may break
+
+
+def test_ids_that_stand_for_nothing_are_never_drawn(engine):
+    """A vocabulary with gaps, as checkpoints with deleted tokens have."""
+    vocabulary = {f"t{i}": i for i in range(engine.model.config.vocab_size) if i % 3 != 1}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="t0"))
+    backend.decoder = tokenizers.decoders.Fuse()
+    gapped = Engine(engine.model, engine.params, Tokenizer(backend), slots=engine.slots)
+    (result,) = complete(gapped, [Request([5, 6], Sampling(temperature=5.0, max_new_tokens=40))])
+    assert len(result.tokens) == 40
+    assert all(token % 3 != 1 for token in result.tokens)

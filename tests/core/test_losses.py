@@ -3,6 +3,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import traverse_util
 
 import core
@@ -56,3 +57,14 @@ def test_gradients_are_the_finite_differences_of_the_numpy_reference(model, para
         slope = (loss_at(step) - loss_at(-step)) / (2 * step)
         found = np.vdot(np.asarray(flat_grads[name], np.float64), direction)
         np.testing.assert_allclose(found, slope, rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("ignored", [-1, -100])
+def test_every_negative_target_counts_for_nothing(ignored):
+    logits_BTV = jnp.array([[[2.0, 0.0, -1.0], [0.5, 0.1, 3.0]]])
+    alone = core.cross_entropy(logits_BTV[:, :1], jnp.array([[1]]))
+    assert core.cross_entropy(logits_BTV, jnp.array([[1, ignored]])) == alone
+
+
+def test_a_target_outside_the_vocabulary_is_nan():
+    assert jnp.isnan(core.cross_entropy(jnp.zeros((1, 1, 3)), jnp.array([[3]])))

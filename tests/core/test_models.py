@@ -199,3 +199,13 @@ def test_layer_norm_survives_a_mean_far_from_zero():
     found = layer_norm(jnp.asarray(x, jnp.float32), jnp.ones(64), jnp.zeros(64), 1e-5)
     # The mean is good to a unit in the last place of 3000, which is 2.4e-4.
     np.testing.assert_allclose(found, exact, atol=5e-4)
+
+
+@pytest.mark.parametrize("wrong", [97, -1])
+def test_an_id_outside_the_vocabulary_makes_its_sequence_nan_and_no_other(wrong):
+    config = tiny.config(vocab_size=97)
+    model = core.build(config)
+    tokens_BT = jnp.array([[1, wrong, 3], [1, 2, 3]])
+    logits_BTV = model.apply(tiny.params(model), tokens_BT)
+    assert jnp.isnan(logits_BTV[0]).all()
+    assert jnp.isfinite(logits_BTV[1]).all()

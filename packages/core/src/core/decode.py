@@ -26,6 +26,7 @@ class Statics:
     dtype: jnp.dtype
     stop_ids: tuple[int, ...]
     vocab_size: int
+    missing_ids: tuple[int, ...]
 
 
 class Shape(NamedTuple):
@@ -167,6 +168,8 @@ def _take(statics: Statics, inputs: Inputs, logits_BV: jax.Array, state: State) 
     position_B = state.position_B + 1
     keys_B = jax.vmap(_token_key)(inputs.key_words_B4, position_B)
     readable_V = jnp.arange(V) < statics.vocab_size
+    if statics.missing_ids:
+        readable_V = readable_V.at[jnp.array(statics.missing_ids)].set(False, mode="drop")
     drawn_B = statics.sampler(
         jnp.where(readable_V[None], logits_BV, -jnp.inf), keys_B, inputs.settings, state.seen_BV
     )

@@ -5,7 +5,10 @@ found, what was expected and what to do next; a traceback means a bug of ours.
 """
 
 import os
+import signal
 import sys
+import threading
+import types
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -47,7 +50,18 @@ def run(
             _fail(f"unexpected argument {rest[0]!r}; every option is a --flag=value", 2)
         return passed_on
 
+    interrupts: list[int] = []
+
+    def interrupt(number: int, frame: types.FrameType | None) -> None:
+        """Raises KeyboardInterrupt, but not inside JAX's garbage-collection callback, where Python would drop it."""
+        interrupts.append(number)
+        if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
+            threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+        else:
+            raise KeyboardInterrupt
+
     def guarded(passed_on: list[str]) -> None:
+        signal.signal(signal.SIGINT, interrupt)
         try:
             main(passed_on) if passes_on else main()
             sys.stdout.flush()
@@ -59,6 +73,10 @@ def run(
             _fail(str(error), 1)
         except KeyboardInterrupt:
             _fail("interrupted", 130)
+        except Exception:
+            if interrupts:  # an import that is interrupted fails in ways of its own
+                _fail("interrupted", 130)
+            raise
 
     app.run(guarded, flags_parser=parse)
     sys.exit(0)

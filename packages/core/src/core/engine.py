@@ -110,6 +110,7 @@ class Engine:
             vocab_size=min(
                 config.vocab_size, tokenizer.vocab_size if tokenizer else config.vocab_size
             ),
+            missing_ids=tokenizer.missing_ids if tokenizer else (),
         )
 
     def generate(

@@ -7,21 +7,24 @@ import jax.numpy as jnp
 
 from core.models import Model, Params
 
-IGNORED = -1
-"""A target that counts for nothing, as in nanoGPT."""
-
 
 class Batch(NamedTuple):
-    """Token ids and, at each position, the id that comes next."""
+    """Token ids and, at each position, the id that comes next; a negative target counts for nothing.
+
+    (nanoGPT writes -1 for that, Hugging Face -100.)
+    """
 
     inputs_BT: jax.Array
     targets_BT: jax.Array
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Returns the mean over all targets but those `IGNORED`, a float32 scalar; zero if there are none."""
+    """Returns the mean over all targets that are not negative, a float32 scalar; zero if there are none.
+
+    A target outside the vocabulary makes it NaN.
+    """
     logits_BTV = logits_BTV.astype(jnp.float32)
-    counted_BT = targets_BT != IGNORED
+    counted_BT = targets_BT >= 0
     chosen_BT1 = jnp.where(counted_BT, targets_BT, 0)[..., None]
     chosen_BT = jnp.take_along_axis(logits_BTV, chosen_BT1, axis=-1)[..., 0]
     losses_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - chosen_BT

@@ -130,6 +130,12 @@ class Tokenizer:
         """One more than the highest id."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    @functools.cached_property
+    def missing_ids(self) -> tuple[int, ...]:
+        """The ids below `vocab_size` that stand for nothing; hardly any vocabulary has some."""
+        known = set(self._backend.get_vocab(with_added_tokens=True).values())
+        return tuple(sorted(set(range(self.vocab_size)) - known))
+
     @property
     def eos_id(self) -> int | None:
         """The id that ends a text, if there is one."""

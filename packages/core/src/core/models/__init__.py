@@ -46,7 +46,7 @@ class Model:
 
         Args:
           params: the parameters, of any float dtype.
-          tokens_BT: ids; T at most `config.n_positions`.
+          tokens_BT: ids; T at most `config.n_positions`. One outside the vocabulary makes its sequence NaN.
           dropout_key: turns dropout on, at the configuration's rates.
           dtype: of the activations and of the products.
 

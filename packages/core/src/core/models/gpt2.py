@@ -41,7 +41,8 @@ class GPT2(nn.Module):
         wpe_PD = Embedding((config.n_positions, config.n_embd), normal, name="wpe")()
         embed_key, blocks_key = _split(dropout_key, 2)
 
-        x_BTD = wte_VD[tokens_BT].astype(self.dtype) + wpe_PD[positions_BT].astype(self.dtype)
+        x_BTD = _rows(wte_VD, tokens_BT).astype(self.dtype)
+        x_BTD = x_BTD + _rows(wpe_PD, positions_BT).astype(self.dtype)
         x_BTD = dropout(x_BTD, config.embd_pdrop, embed_key)
         x_BTD, cache = Blocks(config, name="blocks")(x_BTD, positions_BT, cache, blocks_key)
         if only_B is not None:
@@ -186,6 +187,12 @@ class Kernel(nn.Module):
     @nn.compact
     def __call__(self):
         return self.param("kernel", self.initializer, self.shape)
+
+
+def _rows(table: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """The rows of `table`; NaN for an id that it does not have, because a wrong row would pass for a right one."""
+    ids_BT = jnp.where(ids_BT < 0, table.shape[0], ids_BT)  # negative ids would count from the end
+    return table.at[ids_BT].get(mode="fill", fill_value=jnp.nan)
 
 
 def _split(key: jax.Array | None, count: int):
