@@ -15,6 +15,7 @@ PROMPT ?= The flax mill
 INPUT ?=
 OUT ?=
 SUITE ?= ci
+export PROMPT INPUT OUT # quoted by the shell, whatever is in them
 ARGS ?=
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -61,10 +62,10 @@ train: .venv/.synced ## Trains CONFIG=configs/....py
 	@$(RUN) train --config=$(CONFIG) $(ARGS)
 
 generate: .venv/.synced ## Continues PROMPT="..." with models/MODEL.
-	@$(RUN) core.generate --model=models/$(MODEL) --prompt="$(PROMPT)" $(ARGS)
+	@$(RUN) core.generate --model=models/$(MODEL) --prompt="$$PROMPT" $(ARGS)
 
 batch: .venv/.synced ## Continues every prompt of INPUT=GLOB with models/MODEL into OUT=DIR.
-	@$(RUN) serve_batch --model=models/$(MODEL) --input="$(INPUT)" --output="$(OUT)" $(ARGS)
+	@$(RUN) serve_batch --model=models/$(MODEL) --input="$$INPUT" --output="$$OUT" $(ARGS)
 
 bench: .venv/.synced .venv-peers/.synced ## Measures ours beside PyTorch; SUITE=ci|full|gpu (builds .venv-peers, 5 GB).
 	@$(RUN) bench --suite=$(SUITE) $(ARGS)

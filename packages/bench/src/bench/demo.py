@@ -86,7 +86,7 @@ def main() -> None:
     shown.print(
         f"\nThree prompts of {len(prompts)} and their continuations (all: {out}/completions):"
     )
-    for record in records[:: len(records) // SHOWN][:SHOWN]:
+    for record in records[:: max(1, len(records) // SHOWN)][:SHOWN]:
         prompt = Text(prompts[record["index"]], style="dim") + Text(record["text"], style="bold")
         shown.print(Padding(prompt, (1, 4, 0, 2)))
     shown.print(
