@@ -78,6 +78,7 @@ def test_all_unknown_keys_are_reported_with_the_nearest_known():
         ({"dropout": 1.0}, "dropout=1.0 must be in"),
         ({"learning_rate": float("nan")}, "learning_rate=nan must be at least 0"),
         ({"warmup_iters": 10, "lr_decay_iters": 10}, "lr_decay_iters=10 must be greater"),
+        ({"seed": 2**63}, "seed=9223372036854775808 must be less than 2\\*\\*63"),
         ({"dataset": ""}, "dataset must not be empty"),
     ],
 )

@@ -12,8 +12,6 @@ from typing import Any, Self
 
 from core.errors import ConfigError
 
-INIT_MODES = ("scratch", "resume", "auto")
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -143,6 +141,8 @@ def _problems(c: TrainConfig) -> Iterator[str]:
     for name, least in _AT_LEAST.items():
         if not getattr(c, name) >= least:  # "not >=" also catches nan
             yield f"{name}={getattr(c, name)} must be at least {least}"
+    if c.seed >= 2**63:
+        yield f"seed={c.seed} must be less than 2**63"
     for name in ("dropout", "beta1", "beta2"):
         if not 0 <= getattr(c, name) < 1:
             yield f"{name}={getattr(c, name)} must be in [0, 1)"
