@@ -101,11 +101,19 @@ def test_gpt2s_tokenizer_is_told_how_to_get(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.fixture
 def server(tmp_path: Path):
-    """A web server of tmp_path's files."""
+    """A web server of tmp_path's files, and of a cut.txt that ends early."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
             super().__init__(*args, directory=str(tmp_path))
+
+        def do_GET(self):
+            if self.path != "/cut.txt":
+                return super().do_GET()
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"First")
 
         def log_message(self, format, *args):
             del format, args
@@ -129,6 +137,12 @@ def test_a_named_text_is_fetched_and_checked(server: str, tmp_path: Path):
 def test_without_a_network_the_text_can_be_passed_instead():
     with pytest.raises(DataError, match=r"cannot fetch .* pass it with --text=FILE"):
         fetch(Source("http://127.0.0.1:9/input.txt", "00", "char"))
+
+
+def test_a_connection_that_is_cut_is_one_clear_error(server: str, tmp_path: Path):
+    with pytest.raises(DataError, match=r"cannot fetch .*cut\.txt \(IncompleteRead.*--text=FILE"):
+        fetch(Source(f"{server}/cut.txt", "00", "char"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_known_digest_is_tinyshakespeares(testdata: Path):

@@ -6,6 +6,7 @@ separated by the tokenizer's end-of-text id, if it has one.
 
 import glob
 import hashlib
+import http.client
 import itertools
 import json
 import sys
@@ -21,8 +22,6 @@ from tqdm import tqdm
 from core import door, folders
 from core.tokenizer import TOKENIZER_FILES, Tokenizer
 from train.data import META_FILE, TOKEN_FILES, DataError, Meta
-
-FETCH_TIMEOUT_S = 30
 
 
 @dataclass(frozen=True)
@@ -150,9 +149,9 @@ def _read(path: Path) -> str:
 def fetch(source: Source) -> str:
     """Downloads a named text and checks that it is the one that was meant."""
     try:
-        with urllib.request.urlopen(source.url, timeout=FETCH_TIMEOUT_S) as response:
+        with urllib.request.urlopen(source.url, timeout=30) as response:
             content = response.read()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:  # a cut connection is no OSError
         reason = getattr(error, "reason", error)
         raise DataError(
             f"cannot fetch {source.url} ({reason}); download it elsewhere and pass it with --text=FILE"
