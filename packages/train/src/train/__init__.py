@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from train.loop import run as run
     from train.origin import TrainError as TrainError
 
-_HOMES = {
-    "TrainConfig": "train.config",
-    "Result": "train.loop",
-    "TrainError": "train.origin",
-    "run": "train.loop",
+_MODULE_OF = {
+    "TrainConfig": "config",
+    "Result": "loop",
+    "TrainError": "origin",
+    "run": "loop",
 }
 
 __all__ = ["Result", "TrainConfig", "TrainError", "run"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'train' has no attribute {name!r}")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'train' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"train.{_MODULE_OF[name]}"), name)

@@ -13,8 +13,6 @@ from orbax.checkpoint import v1 as ocp
 
 from train.step import State
 
-KEPT = 2
-
 Device = Any
 """A jax.Device, which jax declares as a variable and type checkers therefore refuse."""
 
@@ -37,7 +35,7 @@ class Checkpoints:
             str(self.folder),
             preservation_policy=policies.AnyPreservationPolicy(
                 [
-                    policies.LatestN(KEPT),
+                    policies.LatestN(2),
                     policies.BestN(
                         get_metric_fn=lambda metrics: metrics["val_loss"],
                         reverse=True,  # ascending by default, and the last n are kept

@@ -19,7 +19,6 @@ from train.data import GPT2_VOCAB_SIZE, Dataset
 from train.step import State, initial_state
 
 PADDED_GPT2_VOCAB_SIZE = 50304  # the next multiple of 64 (nanoGPT); products of odd width are slow
-MODELS = Path("models")
 
 
 class TrainError(FlaxmillError):
@@ -113,7 +112,7 @@ def _folder(config: TrainConfig) -> Path:
     """The model folder that `init_from` names; a released model's is where `convert` is told to put it."""
     if config.init_from not in PRESETS:
         return Path(config.init_from)
-    folder = MODELS / config.init_from
+    folder = Path("models") / config.init_from
     if not folder.is_dir():
         raise TrainError(
             f"init_from={config.init_from}: {folder} is missing; make it with: "
