@@ -1,10 +1,12 @@
 """The whole job in this process: real engine, real Beam."""
 
 import hashlib
+import itertools
 import json
 import logging
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -296,6 +298,71 @@ def test_another_job_is_refused_by_name_until_told_to_overwrite(run, write_jsonl
     assert (tmp_path / "out" / "_SUCCESS").exists()
     manifest = run(sampling=hotter, overwrite=True)
     assert (manifest["rows"], manifest["fingerprint"]["temperature"]) == (21, 1.5)
+
+
+def test_overwriting_with_an_input_that_cannot_be_planned_leaves_the_old_job_complete(
+    run, write_jsonl, tmp_path, monkeypatch
+):
+    write_jsonl(prompts(20))
+    run()
+    before = contents(tmp_path / "out")
+    growing = write_jsonl(prompts(5), "other/prompts.jsonl")
+    find = plan_lib.find_inputs
+
+    def find_and_grow(*arguments, **options):
+        found = find(*arguments, **options)
+        growing.write_bytes(growing.read_bytes() + b"more\n")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plan_lib, "find_inputs", find_and_grow)
+        with pytest.raises(serve_batch.JobError, match="is being written to"):
+            run(input=growing, overwrite=True)
+    assert contents(tmp_path / "out") == before
+    assert run()["shards_done"] == 0
+
+
+@pytest.mark.parametrize("interrupted", [0, 1, 2, 4, 6, "plan"])
+def test_an_overwrite_that_is_killed_can_be_given_again_and_taken_back(
+    run, write_jsonl, join_parts, tmp_path, monkeypatch, interrupted
+):
+    write_jsonl([*prompts(20), b"bad"])
+    run()
+    clean = join_parts(tmp_path / "out")
+    hotter = core.Sampling(max_new_tokens=6, temperature=1.5, top_k=40, seed=3)
+    with monkeypatch.context() as patch:
+        die_at(patch, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(sampling=hotter, overwrite=True)
+    held = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "_SUCCESS" not in held or len([name for name in held if name.startswith("part-")]) == 2
+    shutil.copytree(tmp_path / "out", tmp_path / "taken_back")
+    run(output=tmp_path / "taken_back")
+    assert join_parts(tmp_path / "taken_back") == clean
+    manifest = run(sampling=hotter, overwrite=True)
+    assert (manifest["rows"], manifest["fingerprint"]["temperature"]) == (21, 1.5)
+
+
+def die_at(patch: pytest.MonkeyPatch, moment: int | str) -> None:
+    """Kills at the removal of that number, or where the new plan would take its name."""
+    unlink, rename, files = Path.unlink, Path.rename, itertools.count()
+
+    def unlink_or_die(path, missing_ok=False):
+        if ".tmp." not in path.name and path.name != "_lock" and next(files) == moment:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok=missing_ok)
+
+    def rename_or_die(path, target):
+        if moment == "plan" and target.name == "_plan.json":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    patch.setattr(Path, "unlink", unlink_or_die)
+    patch.setattr(Path, "rename", rename_or_die)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_an_input_that_changes_while_the_job_runs_is_found(run, write_jsonl, tmp_path, monkeypatch):

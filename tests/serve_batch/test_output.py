@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from serve_batch.output import OutputFolder, committing
@@ -37,12 +39,21 @@ def test_a_folder_that_is_not_a_jobs_is_not_touched(tmp_path):
         OutputFolder(tmp_path / "thesis.tex").check_ours()
 
 
-def test_clearing_leaves_what_the_job_did_not_write(tmp_path):
+def test_clearing_leaves_the_plan_and_what_no_job_wrote(tmp_path):
     folder = OutputFolder(tmp_path)
-    for name in ["_plan.json", "part-00000-of-00001.jsonl", "manifest.json", "notes.txt"]:
+    for name in ["_plan.json", "_SUCCESS", "part-00000-of-00001.jsonl", "manifest.json", "notes"]:
         (tmp_path / name).write_text("x")
     folder.clear()
-    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["_plan.json", "notes"]
+
+
+def test_a_job_killed_before_it_had_a_plan_can_be_started_again(tmp_path):
+    folder = OutputFolder(tmp_path)
+    with folder.lock(), committing(folder.plan_file):
+        shutil.copytree(tmp_path, tmp_path.with_name("killed"))
+    killed = OutputFolder(tmp_path.with_name("killed"))
+    assert len(list(killed.path.iterdir())) == 2
+    killed.check_ours()
 
 
 def test_a_plan_of_another_version_is_refused(tmp_path):

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from core import Sampling
     from serve_batch.shards import Job
 
-SHARD_SIZE = 1024
 _PROGRESS_S = 0.5
 _LOCAL_RUNNERS = ("local", "FnApiRunner", "DirectRunner")
 _REFUSED_RUNNERS = {
@@ -48,7 +47,7 @@ def run(
     output: str | Path,
     sampling: "Sampling | None" = None,
     slots: int = 16,
-    shard_size: int = SHARD_SIZE,
+    shard_size: int = 1024,
     workers: int = 1,
     runner: str = "local",
     beam_options: Sequence[str] = (),
@@ -170,11 +169,11 @@ def _settle(
     overwrite: bool,
 ) -> Plan:
     """Returns the plan to carry out: the one that is there, if it is this job's, else a new one, written down."""
-    if overwrite:
-        folder.clear()
-    plan = folder.read_plan()
+    plan = None if overwrite else folder.read_plan()
     if plan is None:
         plan = plan_lib.make(root, inputs, shard_size=shard_size, fingerprint=fingerprint)
+        if overwrite:
+            folder.clear()
         with output_lib.committing(folder.plan_file) as file:
             file.write(plan.to_json())
     _expect_unchanged(folder, plan, root, inputs, fingerprint)

@@ -13,7 +13,6 @@ killed before it, a shard is done again and comes out the same; killed after it,
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
 import socket
@@ -51,10 +50,6 @@ class OutputFolder:
         return self.path / "_plan.json"
 
     @property
-    def success_file(self) -> Path:
-        return self.path / "_SUCCESS"
-
-    @property
     def progress_file(self) -> Path:
         """Workers append a line per chunk of rows here while somebody watches; gone when the job ends."""
         return self.path / "_progress"
@@ -78,7 +73,11 @@ class OutputFolder:
             return
         if not self.path.is_dir():
             raise JobError(f"output {self.path} is not a folder")
-        if held := sorted({path.name for path in self.path.iterdir()} - {_LOCK}):
+        # What a job leaves that is killed as it writes its plan.
+        unfinished_plan = f"{self.plan_file.name}.tmp."
+        names = sorted(path.name for path in self.path.iterdir())
+        held = [name for name in names if name != _LOCK and not name.startswith(unfinished_plan)]
+        if held:
             raise JobError(
                 f"output folder {self.path} holds {held[0]!r} but no {self.plan_file.name}: "
                 "it is not a batch job's; choose a new or empty folder"
@@ -139,9 +138,12 @@ class OutputFolder:
             os.close(descriptor)
 
     def clear(self) -> None:
-        """Removes what an earlier job wrote here, the plan last; nothing else is touched."""
-        ours = ["manifest.json", "part-*-of-*.jsonl", "errors/part-*-of-*.jsonl"]
-        for pattern in [*ours, "_receipts/*.json", "_plan.json"]:
+        """Removes what an earlier job wrote here, `_SUCCESS` first; nothing else is touched.
+
+        The plan stays until another takes its name, so the folder is a job's at every moment.
+        """
+        parts = ["part-*-of-*.jsonl", "errors/part-*-of-*.jsonl"]
+        for pattern in ["_SUCCESS", "manifest.json", *parts, "_receipts/*.json"]:
             for path in self.path.glob(pattern):
                 path.unlink()
 
@@ -176,11 +178,14 @@ def verified(output: OutputFolder, plan: Plan) -> list[Receipt]:
     Raises:
       JobError: a part is missing or was changed. The next run does those shards again.
     """
+    from core import checkpoint  # imports jax
+
     receipts = []
     broken = []
     for shard in plan.shards:
         receipt = output.receipt(plan, shard)
-        if receipt is None or _sha256(output.part_file(plan, shard)) != receipt.sha256:
+        part = output.part_file(plan, shard)
+        if receipt is None or checkpoint.sha256(part) != receipt.sha256:
             output.receipt_file(shard).unlink(missing_ok=True)
             broken.append(plan.part_name(shard))
         else:
@@ -191,11 +196,6 @@ def verified(output: OutputFolder, plan: Plan) -> list[Receipt]:
             f"first {broken[0]}; run the same command again to redo them"
         )
     return receipts
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
