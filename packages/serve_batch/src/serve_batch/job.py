@@ -84,7 +84,10 @@ def run(
 
     started = time.monotonic()
     sampling = sampling or core.Sampling()
+    patterns = [input] if isinstance(input, str | Path) else list(input)
     _check(
+        patterns,
+        output,
         sampling,
         slots=slots,
         shard_size=shard_size,
@@ -94,7 +97,6 @@ def run(
         max_error_rate=max_error_rate,
     )
     folder = OutputFolder(plan_lib.absolute_path(output))
-    patterns = [input] if isinstance(input, str | Path) else list(input)
     root, inputs = plan_lib.find_inputs(patterns, output=folder.path)
     fingerprint = plan_lib.fingerprint(plan_lib.absolute_path(model), sampling, slots=slots)
     if dry_run:
@@ -129,6 +131,8 @@ def run(
 
 
 def _check(
+    patterns: Sequence[str | Path],
+    output: str | Path,
     sampling: "Sampling",
     *,
     slots: int,
@@ -139,6 +143,8 @@ def _check(
     max_error_rate: float,
 ) -> None:
     """Raises UsageError for arguments that cannot be, before anything is read."""
+    if not patterns or not all([*patterns, output]):
+        raise UsageError("give --input=GLOB and --output=DIR")
     for name, value in {"slots": slots, "shard_size": shard_size, "workers": workers}.items():
         if value < 1:
             raise UsageError(f"{name} is {value}; expected 1 or more")
