@@ -9,7 +9,13 @@ import core
 
 @pytest.mark.parametrize(
     "code",
-    ["import core", "import core.config, core.axes", "import core.tokenizer", "import core.errors"],
+    [
+        "import core",
+        "import core.config, core.axes",
+        "import core.tokenizer",
+        "import core.errors",
+        "import core.sampling_flags",
+    ],
 )
 def test_a_launcher_does_not_wait_for_jax(code):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

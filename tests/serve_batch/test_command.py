@@ -118,6 +118,9 @@ def test_a_terminal_sees_the_rows_go_by(command, environment, write_jsonl, tmp_p
     [
         (["--input=nothing*.jsonl"], 1, "no file matches "),
         (["--max_error_rate=0"], 1, "1 of 2 rows are errors (50.0%)"),
+        (["--input="], 2, "give --input=GLOB and --output=DIR"),
+        (["--output="], 2, "give --input=GLOB and --output=DIR"),
+        (["--top_p=2"], 2, "--top_p is 2.0; expected float, above 0"),
         (["--", "--nonsense=1"], 2, "has no option --nonsense"),
     ],
 )

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from core import door
+from core import door, sampling_flags
 from core.errors import FlaxmillError
 
 if TYPE_CHECKING:
     from core.engine import Completion, Engine, TokenScore
     from core.sampling import Sampling
 
+flags.adopt_module_key_flags(sampling_flags)
 _MODEL = flags.DEFINE_string("model", None, "The model folder.")
 _PROMPT = flags.DEFINE_multi_string(
     "prompt",
@@ -33,20 +34,9 @@ _PROMPT_TOKENS = flags.DEFINE_multi_string(
     [],
     "Token ids to continue, as 1,2,3 or FILE:path.json (a JSON list); repeatable.",
 )
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, "How many tokens to produce at most.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 is greedy.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Keeps the k most likely tokens; 0 keeps all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Keeps the likeliest tokens up to this probability.")
-_MIN_P = flags.DEFINE_float("min_p", 0.0, "Drops tokens less than this times as likely as the top.")
-_REPETITION_PENALTY = flags.DEFINE_float(
-    "repetition_penalty", 1.0, "Makes tokens that have occurred less likely; 1 is off."
-)
-_STOP = flags.DEFINE_multi_string("stop", [], "Ends the text before this string; repeatable.")
 _NUM_SAMPLES = flags.DEFINE_integer(
     "num_samples", 1, "Continuations of each prompt.", lower_bound=1
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of the random draws.")
-_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Goes on after the end-of-text token.")
 _JSON = flags.DEFINE_bool("json", False, "Prints one JSON object a continuation.")
 _LOGPROBS = flags.DEFINE_integer(
     "logprobs",
@@ -66,23 +56,8 @@ def main() -> None:
 
     import core
     from core.engine import Engine, Request
-    from core.sampling import Sampling
 
-    try:
-        sampling = Sampling(
-            temperature=_TEMPERATURE.value,
-            top_k=_TOP_K.value,
-            top_p=_TOP_P.value,
-            min_p=_MIN_P.value,
-            repetition_penalty=_REPETITION_PENALTY.value,
-            max_new_tokens=_MAX_NEW_TOKENS.value,
-            stop=tuple(_STOP.value),
-            seed=_SEED.value,
-            ignore_eos=_IGNORE_EOS.value,
-            logprobs=_LOGPROBS.value,
-        )
-    except core.SamplingError as error:
-        raise door.Usage(f"--{error}") from error
+    sampling = sampling_flags.sampling(logprobs=_LOGPROBS.value)
     engine = Engine(*core.load(_MODEL.value), slots=1)
     for prompt in prompts:
         engine.check(Request(prompt, sampling))  # before anything is printed

@@ -9,7 +9,7 @@ import sys
 
 from absl import flags, logging
 
-from core import door
+from core import door, sampling_flags
 
 _MODEL = flags.DEFINE_string("model", None, "Model folder.", required=True)
 _INPUT = flags.DEFINE_multi_string(
@@ -18,15 +18,7 @@ _INPUT = flags.DEFINE_multi_string(
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the parts.", required=True)
 
 # What a row says for itself goes before these.
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 is greedy.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Keeps the k likeliest tokens; 0 keeps all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Keeps the likeliest tokens of this total probability.")
-_MIN_P = flags.DEFINE_float("min_p", 0.0, "Drops tokens this many times less likely than the top.")
-_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1 makes repetition less likely.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 50, "Length limit of a completion.")
-_STOP = flags.DEFINE_multi_string("stop", [], "String that ends a completion. Repeatable.")
-_SEED = flags.DEFINE_integer("seed", 0, "Random seed; each row draws from it and its id.")
-_IGNORE_EOS = flags.DEFINE_boolean("ignore_eos", False, "Goes on after the end-of-text token.")
+flags.adopt_module_key_flags(sampling_flags)
 
 _SLOTS = flags.DEFINE_integer("slots", 16, "Rows that decode together.")
 _SHARD_SIZE = flags.DEFINE_integer("shard_size", 1024, "Rows in a part, and lost by a crash.")
@@ -40,7 +32,6 @@ _OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Starts anew over another 
 
 
 def main(beam_options: list[str]) -> None:
-    import core
     import serve_batch
 
     try:
@@ -48,17 +39,7 @@ def main(beam_options: list[str]) -> None:
             model=_MODEL.value,
             input=_INPUT.value,
             output=_OUTPUT.value,
-            sampling=core.Sampling(
-                temperature=_TEMPERATURE.value,
-                top_k=_TOP_K.value,
-                top_p=_TOP_P.value,
-                min_p=_MIN_P.value,
-                repetition_penalty=_PENALTY.value,
-                max_new_tokens=_MAX_NEW_TOKENS.value,
-                stop=tuple(_STOP.value),
-                seed=_SEED.value,
-                ignore_eos=_IGNORE_EOS.value,
-            ),
+            sampling=sampling_flags.sampling(),
             slots=_SLOTS.value,
             shard_size=_SHARD_SIZE.value,
             workers=_WORKERS.value,
@@ -68,7 +49,7 @@ def main(beam_options: list[str]) -> None:
             max_error_rate=_MAX_ERROR_RATE.value,
             overwrite=_OVERWRITE.value,
         )
-    except (serve_batch.UsageError, core.SamplingError) as error:
+    except serve_batch.UsageError as error:
         raise door.Usage(str(error)) from error
     except serve_batch.JobError:
         logging.debug("the job failed", exc_info=True)  # shown with --verbosity=1

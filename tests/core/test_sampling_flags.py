@@ -1,0 +1,60 @@
+import subprocess
+import sys
+
+import pytest
+
+# Flags belong to a process, so each test has its own.
+SETTLE = "import sys; from absl import flags; flags.FLAGS(sys.argv); "
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_flags_that_are_not_given_are_the_defaults_of_sampling():
+    compare = "import core; assert sampling_flags.sampling() == core.Sampling()"
+    done = python(f"from core import sampling_flags; {SETTLE}{compare}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_parameter_of_sampling_has_its_flag():
+    given = {
+        "temperature": "0.5",
+        "top_k": "7",
+        "top_p": "0.75",
+        "min_p": "0.25",
+        "repetition_penalty": "1.5",
+        "max_new_tokens": "9",
+        "stop": "END",
+        "seed": "3",
+        "ignore_eos": "true",
+    }
+    done = python(
+        f"from core import sampling_flags; {SETTLE}print(sampling_flags.sampling(logprobs=2))",
+        *(f"--{name}={value}" for name, value in given.items()),
+    )
+    assert done.stdout == (
+        "Sampling(temperature=0.5, top_k=7, top_p=0.75, min_p=0.25, repetition_penalty=1.5, "
+        "max_new_tokens=9, stop=('END',), seed=3, ignore_eos=True, logprobs=2)\n"
+    ), done.stderr
+
+
+@pytest.mark.parametrize(
+    "door",
+    [
+        ["core.generate", "--model=nowhere", "--prompt=a"],
+        ["serve_batch", "--model=nowhere", "--input=nothing", "--output=nowhere"],
+    ],
+)
+def test_both_doors_have_them_and_a_value_that_cannot_be_is_wrong_usage(door):
+    done = subprocess.run(
+        [sys.executable, "-m", *door, "--top_p=2"], capture_output=True, text=True, check=False
+    )
+    told = "error: --top_p is 2.0; expected float, above 0, at most 1 (off); --help lists the flags"
+    assert (done.returncode, done.stderr) == (2, told + "\n")
+    shown = subprocess.run(
+        [sys.executable, "-m", door[0], "--help"], capture_output=True, text=True, check=False
+    )
+    assert "--max_new_tokens" in shown.stdout + shown.stderr
