@@ -155,12 +155,13 @@ def test_a_failed_overwrite_leaves_the_old_model(tmp_path: Path):
 
 
 def test_overwrite_never_replaces_what_is_no_model(tmp_path: Path):
-    home = hf.write(tmp_path / "home", {"x": np.zeros(1, np.float32)})
+    home = convert.convert(hf.write(tmp_path / "first", hf.tensors()), out=tmp_path / "home")
     source = hf.write(home / "source", hf.tensors())
     (tmp_path / "file").write_text("precious")
     for out, message in (
         (home, "the source .* lies there"),
-        (source, "the source .* lies there"),
+        (source, "is not a model folder"),
+        (tmp_path / "first", "is not a model folder"),
         (tmp_path, "is not a model folder"),
         (tmp_path / "file", "is not a model folder"),
     ):

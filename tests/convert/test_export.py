@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -152,6 +153,42 @@ def test_overwrite_replaces_an_export_but_never_its_own_model(tmp_path: Path, mo
         convert.export(model, out=model, overwrite=True)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["config.json"],
+        ["model.safetensors"],
+        ["config.json", "metrics.jsonl", "model.safetensors"],
+        ["config.json", "checkpoints", "model.safetensors.index.json"],
+        ["config.json", "manifest.json", "model-00001-of-00001.safetensors"],
+    ],
+    ids=str,
+)
+def test_overwrite_never_replaces_what_is_no_export(tmp_path: Path, model: Path, names: list[str]):
+    (tmp_path / "out").mkdir()
+    for name in names:
+        (tmp_path / "out" / name).write_text("precious")
+    before = hf.digests(tmp_path / "out")
+    with pytest.raises(ConvertError, match="is not an exported model and is not overwritten"):
+        convert.export(model, out=tmp_path / "out", overwrite=True)
+    assert hf.digests(tmp_path / "out") == before
+
+
+def test_overwrite_replaces_an_empty_folder_and_a_sharded_export(tmp_path: Path, model: Path):
+    (tmp_path / "out").mkdir()
+    convert.export(model, out=tmp_path / "out", overwrite=True, shard_bytes=6000)
+    out = convert.export(model, out=tmp_path / "out", overwrite=True)
+    assert not (out / "model.safetensors.index.json").exists()
+
+
+def test_the_working_directory_may_be_the_export(tmp_path: Path, model: Path):
+    (tmp_path / "out").mkdir()
+    flag = f"--model={os.path.relpath(model, tmp_path / 'out')}"
+    done = hf.run("convert.export", flag, "--out=.", "--overwrite", cwd=tmp_path / "out")
+    assert (done.returncode, done.stdout, done.stderr) == (0, ".\n", "")
+    assert convert.verify(model, against=tmp_path / "out").tensors == 12 * hf.L + 4
+
+
 def test_wrong_input_is_told(tmp_path: Path, model: Path):
     with pytest.raises(ConvertError, match="format 'gguf' is not one of hf"):
         convert.export(model, to="gguf", out=tmp_path / "out")
@@ -169,7 +206,7 @@ class TestVerify:
 
     def test_an_intact_folder_and_its_source(self, model: Path):
         report = convert.verify(model, against=model.parent / "source")
-        assert (report.tensors, report.files) == (12 * hf.L + 4, len(hf.FILES))
+        assert (report.tensors, report.files) == (12 * hf.L + 4, len(hf.FILES) + 1)
         assert "bit for bit" in str(report)
 
     def test_a_cast_folder_is_compared_as_cast(self, tmp_path: Path, model: Path):
@@ -190,9 +227,12 @@ class TestVerify:
             file.write(bytes([byte[0] ^ 1]))
         (copy / "tokenizer.json").write_text("{}")
         (copy / "generation_config.json").unlink()
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-3}))
         with pytest.raises(ConvertError) as told:
             convert.verify(copy)
         assert told.value.problems == (
+            "config.json has another hash than in the manifest",
             "generation_config.json is missing",
             "tokenizer.json has another hash than in the manifest",
             "blocks.1.attn.out.bias has another hash than in the manifest",

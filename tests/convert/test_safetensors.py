@@ -55,6 +55,7 @@ DAMAGED = {
     "no header": (b"\x00\x01", "found 2 bytes"),
     "length beyond the file": ((1 << 20).to_bytes(8, "little") + b"{", "expected at least 1048584"),
     "not JSON": (raw(b"{nothing"), "header cannot be read"),
+    "nested deeply": (raw(b"[" * 100_000), "header cannot be read: maximum recursion"),
     "not UTF-8": (raw(b'{"\xff": 1}'), "header cannot be read"),
     "a list": (raw([1]), "not a JSON object"),
     "key twice": (raw(b'{"a":1,"a":1}'), "appears twice"),
@@ -165,9 +166,10 @@ def test_what_lies_there_instead_is_named(tmp_path: Path):
 
 def test_a_config_must_be_there_and_be_json(tmp_path: Path):
     folder = hf.write(tmp_path / "gpt", hf.tensors())
-    (folder / "config.json").write_text("{")
-    with pytest.raises(ConvertError, match=r"config\.json: cannot be read as JSON"):
-        open_source(folder)
+    for content in ("{", "[" * 100_000):
+        (folder / "config.json").write_text(content)
+        with pytest.raises(ConvertError, match=r"config\.json: cannot be read as JSON"):
+            open_source(folder)
     (folder / "config.json").unlink()
     with pytest.raises(ConvertError, match=r"no config\.json"):
         open_source(folder / "model.safetensors")

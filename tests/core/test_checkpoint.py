@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def test_manifest_tells_of_every_byte(folder):
         assert checkpoint.sha256(folder / "one") == entry["sha256"]
     for name, entry in manifest["files"].items():
         assert checkpoint.sha256(folder / name) == entry["sha256"]
-    assert set(manifest["files"]) == {"tokenizer.json", "tokenizer_config.json"}
+    assert set(manifest["files"]) == {"config.json", "tokenizer.json", "tokenizer_config.json"}
 
 
 def test_many_shards_hold_what_one_holds_and_none_is_too_large(tmp_path, params):
@@ -198,14 +199,102 @@ def test_an_existing_folder_is_kept_unless_overwriting(folder, params):
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"manifest.json": "{}"},
+        {"manifest.json": '{"format_version": 1}', "config.json": '{"model_type": "gpt2"}'},
+        {"manifest.json": '{"other": 1}', "config.json": '{"family": "gpt2"}'},
+        {"config.json": '{"family": "gpt2"}'},
+        {"manifest.json": "[]", "config.json": "{"},
+    ],
+    ids=str,
+)
+def test_overwriting_never_replaces_another_s_folder(tmp_path, params, files):
+    (tmp_path / "there").mkdir()
+    for name, content in files.items():
+        (tmp_path / "there" / name).write_text(content)
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match="is not a model folder and is not overwritten"):
+        checkpoint.save(tmp_path / "there", CONFIG, params, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_overwriting_replaces_an_empty_folder_and_a_damaged_model(tmp_path, folder, params):
+    (tmp_path / "empty").mkdir()
+    (folder / "model-00001-of-00001.safetensors").unlink()
+    for path in (tmp_path / "empty", folder):
+        checkpoint.save(path, CONFIG, params, overwrite=True)
+        assert_same_bits(checkpoint.open(path).params(), params)
+
+
+def test_the_working_directory_may_be_the_folder(tmp_path, params, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    checkpoint.save(".", CONFIG, params, overwrite=True)
+    assert_same_bits(checkpoint.open(tmp_path / "empty").params(), params)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_two_writers_of_one_folder_each_writes_a_whole_one(tmp_path, params, overwrite):
+    """The second begins and ends while the first is in the middle."""
+    tensors, doubled = flat(params), jax.tree.map(lambda x: 2 * x, params)
+    path = tmp_path / "model"
+    if overwrite:
+        checkpoint.save(path, CONFIG, jax.tree.map(lambda x: 3 * x, params))
+
+    def read(spec: TensorSpec) -> np.ndarray:
+        if spec.name == "ln_f.scale":
+            checkpoint.save(path, CONFIG, doubled, overwrite=overwrite)
+        return tensors[spec.name]
+
+    def write() -> None:
+        checkpoint.write(path, config=CONFIG, specs=specs(), read=read, overwrite=overwrite)
+
+    if overwrite:
+        write()
+    else:
+        with pytest.raises(FileExistsError, match="something else was written there meanwhile"):
+            write()
+    assert_same_bits(checkpoint.open(path).params(), params if overwrite else doubled)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_all_is_on_the_disk_before_it_takes_the_name(tmp_path, params, monkeypatch):
+    synced, taken = [], []
+    fsync, rename = os.fsync, Path.rename
+
+    def noting_fsync(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def noting_rename(self: Path, target: Path) -> Path:
+        taken.append({path.name: path.stat().st_ino in synced for path in self.iterdir()})
+        assert self.stat().st_ino in synced
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(Path, "rename", noting_rename)
+    checkpoint.save(tmp_path / "model", CONFIG, params, tokenizer=Tokenizer.utf8())
+    assert taken == [dict.fromkeys(contents(tmp_path / "model"), True)]
+    assert tmp_path.stat().st_ino in synced
+
+
+def test_a_new_folder_has_the_permissions_that_any_has(tmp_path, folder):
+    (tmp_path / "any").mkdir()
+    assert folder.stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 def test_remains_of_a_killed_write_are_no_model_and_do_not_hinder(folder, params):
-    partial = folder.with_name("other.partial")
+    partial = folder.with_name("other.partial.0123abcd")
     shutil.copytree(folder, partial)
     (partial / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
         checkpoint.open(partial)
+    before = contents(partial)
     checkpoint.save(folder.with_name("other"), CONFIG, params)
-    assert not partial.exists()
+    assert contents(partial) == before  # whose it is cannot be known
 
 
 def damage(folder: Path, kind: str) -> None:
@@ -223,6 +312,20 @@ def damage(folder: Path, kind: str) -> None:
             manifest.write_text(json.dumps({"format_version": 99}))
         case "manifest without shards":
             manifest.write_text(json.dumps({"format_version": 1}))
+        case "manifest without tensors" | "tensors no object" | "tensor no object":
+            content = json.loads(manifest.read_text())
+            tensors = {"tensors no object": [], "tensor no object": {"a": 1}}.get(kind)
+            manifest.write_text(json.dumps(content | {"tensors": tensors}))
+        case "manifest nested deeply":
+            manifest.write_text("[" * 100_000)
+        case "config nested deeply":
+            config.write_text("[" * 100_000)
+        case "header nested deeply":
+            text = b"[" * 100_000
+            shard.write_bytes(len(text).to_bytes(8, "little") + text)
+            content = json.loads(manifest.read_text())
+            content["shards"] = {shard.name: 8 + len(text)}
+            manifest.write_text(json.dumps(content))
         case "manifest not JSON":
             manifest.write_text("{")
         case "manifest no object":
@@ -260,6 +363,12 @@ def damage(folder: Path, kind: str) -> None:
         ("no manifest", "manifest.json is missing"),
         ("manifest of another format", "format_version is 99, this version reads 1"),
         ("manifest without shards", "names no shards"),
+        ("manifest without tensors", "names no tensors; convert or copy the model again"),
+        ("tensors no object", "names no tensors"),
+        ("tensor no object", "1 is no entry of a tensor or file"),
+        ("manifest nested deeply", "manifest.json is not JSON: maximum recursion"),
+        ("config nested deeply", "config.json is not JSON: maximum recursion"),
+        ("header nested deeply", "the safetensors header is damaged: maximum recursion"),
         ("manifest not JSON", "manifest.json is not JSON"),
         ("manifest no object", "should hold a JSON object"),
         ("no shard", "00001-of-00001.safetensors is missing; convert or copy the model again"),

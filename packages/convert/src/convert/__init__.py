@@ -40,7 +40,7 @@ def convert(
     """
     from convert import destination, importer
 
-    destination.check(out, overwrite=overwrite)
+    destination.for_model(out, overwrite=overwrite)
     if isinstance(source_or_model, Path) or Path(source_or_model).exists():
         plan = importer.plan_source(source_or_model, dtype=dtype, revision=revision)
     else:

@@ -44,7 +44,7 @@ def _convert_source(path: str) -> None:
     if _DRY_RUN.value:
         print(importer.plan_source(path, dtype=_DTYPE.value, format=_FORMAT.value).describe())
         return
-    out = destination.check(_OUT.value or "", overwrite=_OVERWRITE.value)
+    out = destination.for_model(_OUT.value or "", overwrite=_OVERWRITE.value)
     plan = importer.plan_source(path, dtype=_DTYPE.value, format=_FORMAT.value)
     print(importer.write(plan, out, overwrite=_OVERWRITE.value))
 
@@ -55,7 +55,7 @@ def _convert_model(name: str) -> None:
     if _DRY_RUN.value:
         print(importer.describe_model(name, dtype=_DTYPE.value, revision=_REVISION.value))
         return
-    out = destination.check(_OUT.value or hub.default_out(name), overwrite=_OVERWRITE.value)
+    out = destination.for_model(_OUT.value or hub.default_out(name), overwrite=_OVERWRITE.value)
     plan = importer.plan_model(name, dtype=_DTYPE.value, revision=_REVISION.value)
     print(importer.write(plan, out, overwrite=_OVERWRITE.value))
 

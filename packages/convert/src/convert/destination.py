@@ -3,27 +3,44 @@
 from pathlib import Path
 
 from convert.errors import ConvertError
-from core import folders
+from convert.sources import safetensors
+from core import checkpoint, folders
 
 
-def check(out: str | Path, *, overwrite: bool, source: Path | None = None) -> Path:
-    """Returns `out` as a path that may be written.
+def for_model(out: str | Path, *, overwrite: bool) -> Path:
+    """Returns `out` as a path where a model folder may be written.
 
     Raises:
-      ConvertError: it exists and `overwrite` is false, it is no model that may be replaced, or `source` lies in it.
+      ConvertError: it exists and `overwrite` is false, or what is there is no model folder.
     """
     out = Path(out)
-    if source is not None and source.resolve().is_relative_to(out.resolve()):
-        raise ConvertError(f"{out}: the source {source} lies there; choose another folder")
-    if not out.exists():
-        return out
-    if not overwrite:
-        raise ConvertError(f"{out} exists; choose another folder or pass --overwrite")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
-        raise ConvertError(
-            f"{out} is not a model folder and is not overwritten; remove it yourself"
-        )
+    try:
+        checkpoint.check_replaceable(out, overwrite=overwrite)
+    except checkpoint.CheckpointError as error:
+        raise ConvertError(str(error)) from error
     return out
+
+
+def for_export(out: str | Path, *, overwrite: bool) -> Path:
+    """Returns `out` as a path where an export may be written.
+
+    Raises:
+      ConvertError: it exists and `overwrite` is false, or what is there is no exported model.
+    """
+    out = Path(out)
+    try:
+        folders.check_replaceable(
+            out, overwrite=overwrite, is_own=_is_export, kind="an exported model"
+        )
+    except checkpoint.CheckpointError as error:
+        raise ConvertError(str(error)) from error
+    return out
+
+
+def check_apart(out: Path, source: Path) -> None:
+    """Raises ConvertError if `source` lies where `out` would be written."""
+    if source.resolve().is_relative_to(out.resolve()):
+        raise ConvertError(f"{out}: the source {source} lies there; choose another folder")
 
 
 def check_space(out: Path, nbytes: int) -> None:
@@ -31,3 +48,13 @@ def check_space(out: Path, nbytes: int) -> None:
     free = folders.free_bytes(out)
     if nbytes > free:
         raise ConvertError(f"{out}: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
+
+
+def _is_export(folder: Path) -> bool:
+    """Tells whether a model as Hugging Face stores it lies at `folder`, and no training run around one."""
+    weights = (safetensors.SINGLE, safetensors.INDEX)
+    return (
+        (folder / safetensors.CONFIG).is_file()
+        and any((folder / name).is_file() for name in weights)
+        and not any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl"))
+    )

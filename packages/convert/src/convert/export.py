@@ -24,8 +24,9 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replaces the folder --out.")
 def main() -> None:
     if not _MODEL.value or not _OUT.value:
         raise door.Usage("give --model=DIR and --out=PATH")
-    print(convert.export(_MODEL.value, to=_TO.value, out=_OUT.value, overwrite=_OVERWRITE.value))
-    if not json.loads((Path(_MODEL.value) / "config.json").read_text())["use_bias"]:
+    model = Path(_MODEL.value).absolute()  # the working directory may be what --out replaces
+    print(convert.export(model, to=_TO.value, out=_OUT.value, overwrite=_OVERWRITE.value))
+    if not json.loads((model / "config.json").read_text())["use_bias"]:
         sys.stderr.write(
             "note: the model has no biases; the export has zeros, as GPT2LMHeadModel needs them\n"
         )

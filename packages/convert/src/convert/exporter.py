@@ -35,7 +35,8 @@ def export(
     if to not in FORMATS:
         raise ConvertError(f"format {to!r} is not one of {', '.join(FORMATS)}")
     model = Path(model)
-    out = destination.check(out, overwrite=overwrite, source=model)
+    destination.check_apart(Path(out), model)
+    out = destination.for_export(out, overwrite=overwrite)
     try:
         folder = checkpoint.open(model)
         tensors = hf_tensors(folder.config, folder.tensors)
@@ -47,7 +48,7 @@ def export(
         ):
             _write_weights(fresh, tensors, shard_bytes, advance)
             _write_json(fresh / safetensors.CONFIG, _hf_config(folder.config, tensors))
-            for name in folder.manifest.get("files", {}):
+            for name in folder.manifest["files"].keys() - {checkpoint.CONFIG}:
                 (fresh / name).write_bytes((model / name).read_bytes())
     except (checkpoint.CheckpointError, OSError) as error:
         raise ConvertError(str(error)) from error

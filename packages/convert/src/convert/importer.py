@@ -133,7 +133,8 @@ def write(
     """
     from core import checkpoint
 
-    out = destination.check(out, overwrite=overwrite, source=plan.source.path)
+    out = Path(out)
+    destination.check_apart(out, plan.source.path)
     config = plan.match.config
     specs = [
         checkpoint.TensorSpec(

@@ -38,7 +38,7 @@ def verify(
     problems = list(_differing_files(folder))
     if plan is not None and plan.match.config.to_dict() != folder.config.to_dict():
         problems.append(f"config.json describes another model than {against}")
-    hashes = folder.manifest.get("tensors", {})
+    hashes = folder.manifest["tensors"]
     total = sum(array.nbytes for array in folder.tensors.values())
     with progress.bar("verifying", total, quiet) as advance:
         for name, array in folder.tensors.items():
@@ -51,14 +51,14 @@ def verify(
         raise ConvertError(f"{model}: {len(problems)} differences", problems)
     return Report(
         len(folder.tensors),
-        len(folder.manifest.get("files", {})),
+        len(folder.manifest["files"]),
         total,
         str(against) if against else None,
     )
 
 
 def _differing_files(folder: checkpoint.ModelFolder) -> Iterator[str]:
-    for name, entry in folder.manifest.get("files", {}).items():
+    for name, entry in folder.manifest["files"].items():
         path = folder.path / name
         if not path.is_file():
             yield f"{name} is missing"

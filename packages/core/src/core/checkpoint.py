@@ -7,7 +7,7 @@
 
 A tensor's name is its path in the parameter tree. Opening maps the files: a tensor that starts on 64 bytes becomes a
 JAX array on the CPU without a copy. Writing streams one tensor at a time into a sibling folder that takes the final
-name only when it is whole, so a folder either has a manifest that is true or does not exist.
+name only when it is whole (`core.folders`), so a folder either has a manifest that is true or does not exist.
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ from core.tokenizer import Tokenizer
 
 SHARD_BYTES = 4 * 10**9
 ALIGNMENT = 64  # jax.device_put shares pages from here on
+CONFIG = "config.json"
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 
@@ -94,21 +95,13 @@ def open(path: str | Path) -> ModelFolder:
         raise CheckpointError(
             f"{path}: no such model folder; make one with `python -m convert` or `python -m train`"
         )
-    manifest = _read_json(path / MANIFEST)
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path / MANIFEST}: format_version is {manifest.get('format_version')!r}, "
-            f"this version reads {FORMAT_VERSION}"
-        )
+    manifest = _read_manifest(path / MANIFEST)
     try:
-        config = config_lib.from_dict(_read_json(path / "config.json"))
+        config = config_lib.from_dict(_read_json(path / CONFIG))
     except ConfigError as error:
-        raise CheckpointError(f"{path / 'config.json'}: {error}") from error
-    shards = manifest.get("shards")
-    if not isinstance(shards, dict):
-        raise CheckpointError(f"{path / MANIFEST} names no shards; convert or copy the model again")
+        raise CheckpointError(f"{path / CONFIG}: {error}") from error
     tensors = {}
-    for shard, size in shards.items():
+    for shard, size in manifest["shards"].items():
         tensors |= _map_shard(path / shard, size)
     _check_names(path, config, tensors)
     return ModelFolder(path, config, manifest, {n: tensors[n] for n in config.tensors()})
@@ -130,7 +123,7 @@ def write(
 
     Args:
       path: where the folder will be; it appears when it is whole.
-      config: what the tensors belong to; written as config.json.
+      config: what the tensors belong to; written as config.json, and hashed in the manifest like `files`.
       specs: every tensor of `config`, in any order.
       read: gives a spec's array, of just that shape and dtype; called once for each, so one is in memory at a time.
       files: what to put beside, by name: contents, or a file to copy.
@@ -143,7 +136,7 @@ def write(
       CheckpointError: `path` exists and is not to be replaced; the specs are not the configuration's; the disk is full.
     """
     path = Path(path)
-    _check_replaceable(path, overwrite=overwrite)
+    check_replaceable(path, overwrite=overwrite)
     _check_specs(path, config, specs)
     _check_space(path, specs)
     with folders.fresh(path) as partial:
@@ -153,7 +146,6 @@ def write(
             name = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
             entries |= _write_shard(partial / name, shard, read, on_bytes)
             shards[name] = (partial / name).stat().st_size
-        _write_json(partial / "config.json", config.to_dict())
         version = importlib.metadata.version("flaxmill-core")
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -161,10 +153,10 @@ def write(
             "source": dict(source or {}),
             "parameters": config.parameter_count,
             "shards": shards,
-            "files": _copy_files(partial, files or {}),
+            "files": _copy_files(partial, {**(files or {}), CONFIG: _json(config.to_dict())}),
             "tensors": {spec.name: entries[spec.name] for spec in specs},
         }
-        _write_json(partial / MANIFEST, manifest)
+        (partial / MANIFEST).write_bytes(_json(manifest))
     return manifest
 
 
@@ -198,6 +190,26 @@ def save(
         files=tokenizer.files() if tokenizer is not None else {},
         source=source,
         overwrite=overwrite,
+    )
+
+
+def is_model_folder(path: Path) -> bool:
+    """Tells whether a model folder lies at `path`, of any format version and perhaps damaged."""
+    try:
+        config, manifest = _read_json(path / CONFIG), _read_json(path / MANIFEST)
+    except (CheckpointError, OSError):
+        return False
+    return "family" in config and "format_version" in manifest
+
+
+def check_replaceable(path: Path, *, overwrite: bool) -> None:
+    """Checks that a model folder may be written at `path`: nothing is there, or with `overwrite` a model folder.
+
+    Raises:
+      CheckpointError: something else is there.
+    """
+    folders.check_replaceable(
+        path, overwrite=overwrite, is_own=is_model_folder, kind="a model folder"
     )
 
 
@@ -287,7 +299,7 @@ def _map_shard(path: Path, expected_bytes: int) -> dict[str, np.ndarray]:
             for name, entry in header.items()
             if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: the safetensors header is damaged: {error}") from error
 
 
@@ -326,15 +338,6 @@ def _check_specs(path: Path, config: GPT2Config, specs: Sequence[TensorSpec]) ->
     _check_names(path, config, {s.name: np.broadcast_to(np.uint8(0), s.shape) for s in specs})
 
 
-def _check_replaceable(path: Path, *, overwrite: bool) -> None:
-    if not path.exists():
-        return
-    if not overwrite:
-        raise CheckpointError(f"{path} exists; choose another folder or pass --overwrite")
-    if not path.is_dir() or (any(path.iterdir()) and not (path / MANIFEST).is_file()):
-        raise CheckpointError(f"{path} is not a model folder and is not overwritten; remove it")
-
-
 def _check_space(path: Path, specs: Iterable[TensorSpec]) -> None:
     needed, free = sum(spec.nbytes for spec in specs), folders.free_bytes(path)
     if needed > free:
@@ -352,6 +355,24 @@ def _copy_files(folder: Path, files: Mapping[str, Path | bytes]) -> dict[str, di
     return entries
 
 
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest = _read_json(path)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format_version is {manifest.get('format_version')!r}, "
+            f"this version reads {FORMAT_VERSION}"
+        )
+    for part in ("shards", "tensors", "files"):
+        if not isinstance(manifest.get(part), dict):
+            raise CheckpointError(f"{path} names no {part}; convert or copy the model again")
+    for entry in (*manifest["tensors"].values(), *manifest["files"].values()):
+        if not isinstance(entry, dict) or "sha256" not in entry:
+            raise CheckpointError(
+                f"{path}: {str(entry)[:60]} is no entry of a tensor or file; convert or copy the model again"
+            )
+    return manifest
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
@@ -360,15 +381,15 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path} is missing: {path.parent} is not a model folder; "
             "make one with `python -m convert --source=...`"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} should hold a JSON object")
     return content
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _some(names: Iterable[str]) -> str:

@@ -1,37 +1,93 @@
-"""Folders that appear whole or not at all: whoever looks sees the old content or the new, never a part of either."""
+"""Folders that appear whole: whoever looks sees the old content or the new, never a part of either."""
 
 import contextlib
+import os
+import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from core.errors import CheckpointError
 
 
 @contextlib.contextmanager
 def fresh(path: Path) -> Iterator[Path]:
-    """Gives an empty sibling of `path` to fill, which takes that name when the block ends well.
+    """Gives an empty sibling of `path` to fill, which takes that name, on the disk for good, when the block ends well.
 
-    A folder that already has the name is moved aside first and deleted last; whether it may be is for the caller to
-    decide. If the block raises, what was filled is removed and `path` is as it was.
+    The sibling is `path`.partial.RANDOM and nobody else's, so of two writers each fills its own and the later one
+    stays. A folder that had the name at the start is replaced (whether it may be is for the caller to decide): it moves
+    to `path`.old.RANDOM, the new one takes the name, the old one is deleted. Between the two renames, for a moment,
+    nothing has the name; a process killed in that moment leaves both folders whole beside it. If the block raises, what
+    was filled is removed and `path` is as it was.
+
+    What killed processes have left is never touched, because it cannot be told from the work of a living one: it is
+    safe to remove by hand.
+
+    Raises:
+      FileExistsError: another writer took the name meanwhile.
     """
-    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
-    if old.exists() and not path.exists():  # we were killed between the two renames below
-        old.rename(path)
-    for leftover in (partial, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+    path = Path(os.path.realpath(path))
+    token = secrets.token_hex(4)
+    partial, old = (path.with_name(f"{path.name}.{kind}.{token}") for kind in ("partial", "old"))
+    replaces = path.exists()
     partial.mkdir(parents=True)
     try:
         yield partial
-        if path.exists():
-            path.rename(old)
-        partial.rename(path)
+        _sync(partial)
+        if replaces:
+            with contextlib.suppress(FileNotFoundError):  # another writer is between its renames
+                path.rename(old)
+        _rename(partial, path)
+        _sync_one(path.parent)
     finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(
+    path: Path, *, overwrite: bool, is_own: Callable[[Path], bool], kind: str
+) -> None:
+    """Checks that nothing is at `path`, or what may go: with `overwrite`, an empty folder or one that `is_own`.
+
+    Raises:
+      CheckpointError: `path` exists, and must not be replaced; `kind` says what could have been.
+    """
+    if not path.exists():
+        return
+    if not overwrite:
+        raise CheckpointError(f"{path} exists; choose another folder or pass --overwrite")
+    if not path.is_dir() or (any(path.iterdir()) and not is_own(path)):
+        raise CheckpointError(f"{path} is not {kind} and is not overwritten; remove it yourself")
 
 
 def free_bytes(path: Path) -> int:
     """Returns how much room there is on the disk where `path` is or would be."""
     parent = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     return shutil.disk_usage(parent).free
+
+
+def _rename(partial: Path, path: Path) -> None:
+    try:
+        partial.rename(path)
+    except OSError as error:
+        if not path.exists():
+            raise
+        raise FileExistsError(
+            f"{path}: something else was written there meanwhile; choose another folder or run this again"
+        ) from error
+
+
+def _sync(folder: Path) -> None:
+    """Waits until a folder and all in it is on the disk: a rename may get there before the contents do."""
+    for path in (*folder.rglob("*"), folder):
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from convert.errors import ConvertError
+from core import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object in `path`."""
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConvertError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConvertError(f"{path}: holds a JSON {type(value).__name__}; expected an object")
@@ -73,17 +74,13 @@ def _open(path: Path) -> Source:
 
     if not path.exists():
         raise ConvertError(f"{path}: no such file or folder")
-    if _is_model_folder(path if path.is_dir() else path.parent):
+    if checkpoint.is_model_folder(path if path.is_dir() else path.parent):
         raise ConvertError(
             f"{path}: already a model folder; use it as it is, or write another format with convert.export"
         )
     if safetensors.recognizes(path):
         return safetensors.open_folder(path)
     raise ConvertError(f"{path}: {_seen(path)}; expected {safetensors.EXPECTED}")
-
-
-def _is_model_folder(folder: Path) -> bool:
-    return (folder / "manifest.json").is_file() and "family" in read_json(folder / "config.json")
 
 
 def _seen(path: Path) -> str:

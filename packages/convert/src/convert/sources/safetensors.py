@@ -161,7 +161,7 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
         text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_without_duplicates)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConvertError(f"{path}: the header cannot be read: {error}") from error
     if not isinstance(header, dict):
         raise ConvertError(f"{path}: the header is not a JSON object")
