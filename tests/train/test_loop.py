@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -215,6 +216,29 @@ def test_auto_begins_anew_what_died_before_its_first_checkpoint(config: TrainCon
     )
     result = run(config, init_from="auto", max_iters=1)
     assert [row["iter"] for row in result.rows()] == [0, 0, 1, 1]
+
+
+def test_auto_begins_anew_what_left_a_model_but_no_checkpoint(config: TrainConfig):
+    with pytest.raises(train.TrainError, match="none was written yet"):
+        run(config, learning_rate=1e38, decay_lr=False)
+    assert core.load(Path(config.out_dir) / "model")
+    result = run(config, init_from="auto", max_iters=1)
+    assert [row["iter"] for row in result.rows()] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("removed", ["checkpoints", "checkpoints/*"])
+def test_auto_keeps_the_model_of_a_run_whose_checkpoints_were_removed(
+    config: TrainConfig, removed: str
+):
+    first = run(config, max_iters=1)
+    for path in list(first.out_dir.glob(removed)):
+        shutil.rmtree(path)
+    with pytest.raises(train.TrainError, match=r"has a model but .* init_from=.*out/model and"):
+        run(config, init_from="auto", max_iters=1)
+    core.load(first.model_dir)
+    assert len(first.rows()) == 4
+    again = run(config, init_from="auto", max_iters=0, overwrite=True)
+    assert [row["iter"] for row in again.rows()] == [0, 0]
 
 
 def test_resume_without_a_checkpoint_says_so(config: TrainConfig):

@@ -299,6 +299,14 @@ def _check_out_dir(config: TrainConfig, out_dir: Path) -> bool:
             raise TrainError(
                 f"{folder}: no checkpoint to resume from; use init_from=scratch or auto"
             )
+        # Killed before its first checkpoint, a run has an empty checkpoints/ and no loss.png; it begins anew.
+        removed = "checkpoints" not in found or "loss.png" in found
+        if "model" in found and removed and not config.overwrite:
+            raise TrainError(
+                f"{out_dir}: has a model but no checkpoint to resume from; continue from the weights "
+                f"with init_from={out_dir / 'model'} and another out_dir, "
+                "or start anew with overwrite=True"
+            )
     elif found and not config.overwrite and not config.eval_only:
         raise TrainError(
             f"{out_dir}: holds an earlier run; continue it with init_from=auto, "
