@@ -92,6 +92,27 @@ def test_wrong_usage_exits_with_2_and_one_line(arguments: list[str], parts: list
     assert_one_line(done.stderr, *parts)
 
 
+@pytest.mark.parametrize(
+    ("code", "parts"),
+    [
+        ("x = 1\ndef get_config(:\n", ["c.py, line 2: SyntaxError: invalid syntax;"]),
+        ("x = 1\nimport nothere\n", ["c.py, line 2: ModuleNotFoundError", "'nothere'"]),
+        ("def get_config():\n    return x\n", ["c.py, line 2: NameError: name 'x'"]),
+        ("import json\njson.loads('')\n", ["c.py, line 2: JSONDecodeError"]),
+        ("x = 1\n", ["c.py: get_config() is missing; expected"]),
+        ("def get_config():\n    return {}\n", ["c.py: get_config() returns dict; expected"]),
+        ("def get_config():\n    pass\n", ["c.py: get_config() returns NoneType; expected"]),
+    ],
+)
+def test_a_config_file_that_is_wrong_is_named_with_line_and_cause(
+    code: str, parts: list[str], tmp_path: Path
+):
+    (tmp_path / "c.py").write_text(code)
+    done = call("--config=c.py", "--config.max_iters=3", cwd=tmp_path)
+    assert done.returncode == 2
+    assert_one_line(done.stderr, *parts)
+
+
 @pytest.mark.parametrize("module", ["train", "train.prepare"])
 def test_help_does_not_wait_for_jax(module: str):
     code = (

@@ -2,8 +2,12 @@
 
 import json
 import sys
+import traceback
+from pathlib import Path
+from typing import Any
 
-from ml_collections import config_flags
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from core import door
 from core.errors import ConfigError
@@ -17,6 +21,29 @@ _CONFIG = config_flags.DEFINE_config_file(
     lock_config=False,
     accept_new_attributes=True,
 )
+
+
+class _ConfigFile(flags.ArgumentParser):
+    """Reads a config file as ml_collections does, FILE:ARGUMENT too, but says in one line what is wrong with it."""
+
+    def parse(self, argument: str) -> ConfigDict:
+        file, *rest = argument.split(":", 1)
+        names: dict[str, Any] = {"__name__": "config", "__file__": file}
+        try:
+            exec(compile(Path(file).read_bytes(), file, "exec"), names)
+            config = names["get_config"](*rest) if "get_config" in names else None
+        except Exception as error:  # the file is the user's code, which may raise anything
+            raise flags.IllegalFlagValueError(_what_is_wrong(file, error)) from error
+        if not isinstance(config, ConfigDict):
+            found = f"returns {type(config).__name__}" if "get_config" in names else "is missing"
+            raise flags.IllegalFlagValueError(
+                f"{file}: get_config() {found}; expected a function that returns a ConfigDict"
+            )
+        return config
+
+
+# The flag's own parser ends in a traceback for most of what can be wrong with a file.
+flags.FLAGS["config"].parser = _ConfigFile()
 
 
 def main() -> None:
@@ -44,11 +71,20 @@ def _read_config() -> TrainConfig:
     if _CONFIG.value is None:
         raise door.Usage("--config is required, for example --config=configs/gpt2.py")
     try:
-        # A file that cannot be read is kept by ml_collections as an object that raises when it is used.
         return TrainConfig.from_dict(_CONFIG.value.to_dict())
-    except (ConfigError, OSError) as error:
+    except ConfigError as error:
         raise door.Usage(str(error)) from error
 
 
+def _what_is_wrong(file: str, error: Exception) -> str:
+    """File, line and cause: where the syntax is wrong, else the last line of `file` that was running."""
+    kind = type(error).__name__
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: {kind}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == file]
+    return f"{file}{f', line {lines[-1]}' if lines else ''}: {kind}: {error}"
+
+
 if __name__ == "__main__":
-    door.run(main, bad_flags=(OSError, TypeError, ValueError))
+    door.run(main, bad_flags=(TypeError, ValueError))
