@@ -255,6 +255,112 @@ def test_gpt2_opens_from_either_kind_of_files(tmp_path, testdata, gpt2):
     assert from_two.eos_id == from_one.eos_id == 50256
 
 
+def two_files(folder: Path, **beside: object) -> dict[str, int]:
+    """Writes LEARNED as vocab.json and merges.txt without its end of text, and other JSON files beside."""
+    model = json.loads(LEARNED.files()["tokenizer.json"])["model"]
+    merges = "".join(f"{a} {b}\n" for a, b in model["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
+    for name, content in {"vocab": model["vocab"], **beside}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return model["vocab"]
+
+
+END = LEARNED.vocab_size - 1
+ADDED = {"<pad>": END + 2, "<end>": END, "<tool>": END + 1}
+SPECIAL = {"eos_token": {"content": "<end>", "lstrip": False}, "pad_token": "<pad>"}
+SPOKEN = "the<tool> quick <pad>brown<end> fox"
+
+
+def test_added_tokens_stand_after_the_vocabulary_and_end_a_text(tmp_path):
+    vocab = two_files(tmp_path, added_tokens=ADDED, special_tokens_map=SPECIAL)
+    tokenizer = Tokenizer.open(tmp_path)
+    assert (tokenizer.eos_id, tokenizer.vocab_size) == (len(vocab), len(vocab) + 3)
+    assert [tokenizer.encode(token) for token in ADDED] == [[id_] for id_ in ADDED.values()]
+    ids = tokenizer.encode(SPOKEN)
+    assert [id_ for id_ in ids if id_ >= len(vocab)] == [END + 1, END + 2, END]
+    assert tokenizer.decode(ids) == SPOKEN
+    tokenizer.save(tmp_path / "whole")
+    assert Tokenizer.open(tmp_path / "whole").encode(SPOKEN) == ids
+
+
+def test_tokens_of_the_vocabulary_may_be_named_again(tmp_path):
+    vocab = two_files(tmp_path)
+    two_files(tmp_path, added_tokens={"the": vocab["the"]}, special_tokens_map={"eos_token": "the"})
+    tokenizer = Tokenizer.open(tmp_path)
+    assert (tokenizer.eos_id, tokenizer.vocab_size) == (vocab["the"], len(vocab))
+
+
+@pytest.mark.parametrize("kind", ["two files", "whole"])
+def test_the_end_of_a_text_is_the_config_s_or_else_the_map_s(tmp_path, kind):
+    two_files(tmp_path, added_tokens=ADDED, special_tokens_map={"eos_token": "<pad>"})
+    if kind == "whole":
+        (tmp_path / "tokenizer.json").write_bytes(
+            Tokenizer.open(tmp_path).files()["tokenizer.json"]
+        )
+    assert Tokenizer.open(tmp_path).eos_id == ADDED["<pad>"]
+    for named, expected in (("<tool>", ADDED["<tool>"]), (None, None)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
+        assert Tokenizer.open(tmp_path).eos_id == expected
+
+
+@pytest.mark.parametrize(
+    ("beside", "says"),
+    [
+        (
+            {"added_tokens": {"<a>": END, "<b>": END + 2}},
+            f"'<b>' has id {END + 2}, expected {END + 1}",
+        ),
+        ({"added_tokens": {"the": 5}}, "'the' has id 5, expected"),
+        ({"added_tokens": {"<a>": "7"}}, "expected a token's id, found '<a>': '7'"),
+        ({"added_tokens": ["<a>"]}, "added_tokens.json should hold a JSON object"),
+        ({"special_tokens_map": {"eos_token": "<end>"}}, "special_tokens_map.json names '<end>'"),
+        ({"special_tokens_map": {"more": ["the", "<x>"]}}, "special_tokens_map.json names '<x>'"),
+        ({"tokenizer_config": {"eos_token": "<end>"}}, "tokenizer_config.json names '<end>'"),
+        (
+            {"special_tokens_map": {"mask_token": {"content": "the", "lstrip": True}}},
+            "'the' has lstrip, rstrip or single_word",
+        ),
+        ({"special_tokens_map": {"eos_token": 3}}, "expected a special token as a string, found 3"),
+    ],
+    ids=str,
+)
+def test_tokens_that_cannot_be_as_the_files_say_are_one_clear_error(tmp_path, beside, says):
+    two_files(tmp_path, **beside)
+    with pytest.raises(TokenizerError) as caught:
+        Tokenizer.open(tmp_path)
+    assert says in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parity
+def test_added_tokens_are_where_transformers_has_them(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    kind = {"tokenizer_class": "GPT2Tokenizer", "model_type": "gpt2"}
+    two_files(
+        tmp_path,
+        added_tokens=ADDED,
+        special_tokens_map={**SPECIAL, "bos_token": "<end>", "unk_token": "<end>"},
+        tokenizer_config=kind,
+        config=kind,
+    )
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), Tokenizer.open(tmp_path)
+    assert ours.encode(SPOKEN) == theirs.encode(SPOKEN)
+    assert ours.eos_id == theirs.eos_token_id
+
+
+def test_a_folder_without_a_tokenizer_is_told_from_one_whose_tokenizer_is_broken(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert Tokenizer.find(tmp_path) is None
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(TokenizerError, match="holds no tokenizer"):
+        Tokenizer.find(tmp_path)
+    LEARNED.save(tmp_path)
+    found = Tokenizer.find(tmp_path)
+    assert found is not None
+    assert found.files() == LEARNED.files()
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize(
     "tokenizer", [UTF8, LEARNED, Tokenizer.characters("ab\n cd")], ids=["bytes", "learned", "chars"]
@@ -279,6 +385,10 @@ def test_a_saved_tokenizer_opens_in_transformers(tmp_path, tokenizer):
         (
             {"tokenizer.json": "{}", "tokenizer_config.json": "{"},
             "tokenizer_config.json is not JSON",
+        ),
+        (
+            {"tokenizer.json": "{}", "special_tokens_map.json": "[" * 100_000},
+            "special_tokens_map.json is not JSON: maximum recursion",
         ),
     ],
     ids=str,

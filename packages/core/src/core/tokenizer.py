@@ -44,37 +44,53 @@ class Tokenizer:
     def open(cls, folder: str | Path) -> "Tokenizer":
         """Opens the tokenizer of a model folder: tokenizer.json, else vocab.json with merges.txt.
 
+        The token that ends a text is tokenizer_config.json's, else special_tokens_map.json's, else GPT-2's. A
+        tokenizer.json holds all tokens itself; to the other two files, added_tokens.json and special_tokens_map.json
+        add theirs.
+
         Raises:
-          TokenizerError: neither is there, or a file does not parse.
+          TokenizerError: neither is there, a file does not parse, or an added token cannot have its id.
         """
         folder = Path(folder)
         whole, vocab, merges = (folder / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
-        settings = _read_settings(folder / "tokenizer_config.json")
-        eos = settings.get("eos_token", END_OF_TEXT)
-        eos = eos.get("content") if isinstance(eos, dict) else eos
+        named = _read_object(folder / "special_tokens_map.json")
+        settings = named | _read_object(folder / "tokenizer_config.json")
+        eos = _content(settings.get("eos_token", END_OF_TEXT), folder)
         if whole.exists():
             try:
                 return cls(tokenizers.Tokenizer.from_file(str(whole)), eos=eos)
             except Exception as error:  # the library raises bare Exception
                 raise TokenizerError(f"{whole} is not a tokenizer: {error}") from error
         if vocab.exists() and merges.exists():
-            return cls.from_bpe_files(vocab, merges, eos=eos)
+            backend = _open_bpe(vocab, merges)
+            _add_tokens(backend, folder / "added_tokens.json")
+            for entry in named.values():
+                _mark_special(backend, entry, folder / "special_tokens_map.json")
+            _mark_special(backend, settings.get("eos_token"), folder / "tokenizer_config.json")
+            return cls._of_bpe(backend, eos)
         raise TokenizerError(
             f"{folder} holds no tokenizer; expected tokenizer.json, or vocab.json and merges.txt"
         )
+
+    @classmethod
+    def find(cls, folder: str | Path) -> "Tokenizer | None":
+        """Opens the tokenizer of a model folder as `open` does, or returns None where the folder has none.
+
+        Raises:
+          TokenizerError: there is tokenizer.json or vocab.json, and it cannot be opened.
+        """
+        names = ("tokenizer.json", "vocab.json")
+        return cls.open(folder) if any((Path(folder) / name).exists() for name in names) else None
 
     @classmethod
     def from_bpe_files(
         cls, vocab: str | Path, merges: str | Path, *, eos: str | None = END_OF_TEXT
     ) -> "Tokenizer":
         """Opens GPT-2's own files: vocab.json (OpenAI: encoder.json) and merges.txt (OpenAI: vocab.bpe)."""
-        try:
-            model = models.BPE.from_file(str(vocab), str(merges))
-        except Exception as error:
-            raise TokenizerError(
-                f"{vocab} and {merges} are not a BPE vocabulary: {error}"
-            ) from error
-        backend = _byte_level(model)
+        return cls._of_bpe(_open_bpe(Path(vocab), Path(merges)), eos)
+
+    @classmethod
+    def _of_bpe(cls, backend: tokenizers.Tokenizer, eos: str | None) -> "Tokenizer":
         if eos is not None and backend.token_to_id(eos) is not None:
             backend.add_special_tokens([eos])
         return cls(backend, eos=eos)
@@ -251,11 +267,62 @@ def _byte_characters() -> tuple[str, ...]:
     return tuple(chr(byte if byte in printable else next(others)) for byte in range(256))
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def _open_bpe(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
+    try:
+        return _byte_level(models.BPE.from_file(str(vocab), str(merges)))
+    except Exception as error:  # the library raises bare Exception
+        raise TokenizerError(f"{vocab} and {merges} are not a BPE vocabulary: {error}") from error
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, path: Path) -> None:
+    """Adds the tokens of added_tokens.json, which must have the ids that follow on; those there already keep theirs."""
+    added = _read_object(path)
+    if wrong := [f"{token!r}: {id_!r}" for token, id_ in added.items() if type(id_) is not int]:
+        raise TokenizerError(f"{path}: expected a token's id, found {wrong[0]}")
+    for token, id_ in sorted(added.items(), key=lambda item: item[1]):
+        backend.add_tokens([tokenizers.AddedToken(token, normalized=False)])
+        if id_ != (given := backend.token_to_id(token)):
+            raise TokenizerError(
+                f"{path}: {token!r} has id {id_}, expected {given}: added tokens follow on "
+                "after the vocabulary, one by one"
+            )
+
+
+def _mark_special(backend: tokenizers.Tokenizer, entry: Any, path: Path) -> None:
+    """Makes the tokens of an entry of `path` stand for themselves in a text: one, a list of them, or none."""
+    for token in entry if isinstance(entry, list) else [entry]:
+        content = _content(token, path)
+        if content is None:
+            continue
+        if backend.token_to_id(content) is None:
+            raise TokenizerError(
+                f"{path} names {content!r}, which neither vocab.json nor added_tokens.json has; "
+                "give it an id in added_tokens.json"
+            )
+        if isinstance(token, dict) and any(map(token.get, ("lstrip", "rstrip", "single_word"))):
+            raise TokenizerError(
+                f"{path}: {content!r} has lstrip, rstrip or single_word, which only a tokenizer.json "
+                "can have here; save the tokenizer as one"
+            )
+        backend.add_special_tokens([content])
+
+
+def _content(token: Any, path: Path) -> str | None:
+    """Returns a token as it is written: in JSON it is a string, or an object that has it as `content`."""
+    content = token.get("content") if isinstance(token, dict) else token
+    if content is not None and not isinstance(content, str):
+        raise TokenizerError(f"{path}: expected a special token as a string, found {content!r}")
+    return content
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in `path`, an empty one where there is no file."""
     if not path.exists():
         return {}
     try:
-        settings = json.loads(path.read_bytes())
-    except ValueError as error:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is not JSON: {error}") from error
-    return settings if isinstance(settings, dict) else {}
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path} should hold a JSON object")
+    return content

@@ -107,9 +107,7 @@ def load(path: str | Path, dtype: Any = None) -> tuple[Model, Params, Tokenizer 
       TokenizerError: its tokenizer cannot be read.
     """
     folder = checkpoint.open(path)
-    has_tokenizer = any((folder.path / name).exists() for name in ("tokenizer.json", "vocab.json"))
-    tokenizer = Tokenizer.open(folder.path) if has_tokenizer else None
-    return build(folder.config), folder.params(dtype), tokenizer
+    return build(folder.config), folder.params(dtype), Tokenizer.find(folder.path)
 
 
 def build(config: GPT2Config) -> Model:
