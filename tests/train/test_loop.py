@@ -221,7 +221,7 @@ def test_auto_begins_anew_what_died_before_its_first_checkpoint(config: TrainCon
 def test_auto_begins_anew_what_left_a_model_but_no_checkpoint(config: TrainConfig):
     with pytest.raises(train.TrainError, match="none was written yet"):
         run(config, learning_rate=1e38, decay_lr=False)
-    assert core.load(Path(config.out_dir) / "model")
+    core.load(Path(config.out_dir) / "model")
     result = run(config, init_from="auto", max_iters=1)
     assert [row["iter"] for row in result.rows()] == [0, 0, 1, 1]
 
@@ -280,6 +280,45 @@ def test_a_folder_that_does_not_fit_is_refused(
         run(config, init_from=folder, data_dir=str(tmp_path), dataset="ab")
 
 
+@pytest.fixture
+def swapped(config: TrainConfig, text: str, tmp_path: Path) -> dict[str, str]:
+    """Another dataset whose vocabulary has the size of the first, but other characters in it."""
+    other = text.replace("e", "\N{LATIN SMALL LETTER E WITH ACUTE}")
+    prepare([other], tmp_path / "swapped", tokenizer=Tokenizer.characters(other))
+    return {"data_dir": str(tmp_path), "dataset": "swapped"}
+
+
+def test_a_vocabulary_of_the_same_size_is_compared(
+    finished: train.Result, config: TrainConfig, swapped: dict[str, str]
+):
+    with pytest.raises(train.TrainError, match=r"swapped: written with another tokenizer than .*"):
+        run(config, init_from=str(finished.model_dir), **swapped)
+
+
+def test_a_model_folder_with_settings_but_no_tokenizer_is_where_fine_tuning_begins(
+    finished: train.Result, config: TrainConfig, tmp_path: Path
+):
+    folder = shutil.copytree(finished.model_dir, tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    assert (folder / "tokenizer_config.json").exists()
+    assert run(config, init_from=str(folder), eval_only=True).losses
+
+
+def test_a_run_is_resumed_on_other_text_in_the_same_characters_only(
+    config: TrainConfig, text: str, tmp_path: Path, swapped: dict[str, str]
+):
+    run(config, max_iters=0)
+    again = {"init_from": "resume", "max_iters": 1}
+    with pytest.raises(train.TrainError, match="swapped: written with another tokenizer than"):
+        run(config, **again, **swapped)
+    prepare(["ab" * 200], tmp_path / "ab", tokenizer=Tokenizer.characters("ab"))
+    with pytest.raises(train.TrainError, match=r"ab: written with a vocabulary of 2, .*out/model"):
+        run(config, **again, data_dir=str(tmp_path), dataset="ab")
+    prepare([text[::-1]], tmp_path / "same", tokenizer=Tokenizer.characters(text))
+    resumed = run(config, **again, data_dir=str(tmp_path), dataset="same")
+    assert resumed.iteration == 2
+
+
 def test_a_folder_that_is_not_there_is_named(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -319,6 +358,19 @@ def test_op_by_op_is_the_same_mathematics(config: TrainConfig):
     ]
     assert rows[0]["train_loss"] == pytest.approx(rows[1]["train_loss"], rel=1e-5)
     assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-5)
+
+
+def test_a_model_without_a_tokenizer_goes_on_with_gpt2s_ids(config: TrainConfig, tmp_path: Path):
+    """nanoGPT's token files have none beside them, and their model's vocabulary is padded."""
+    folder = tmp_path / "openwebtext"
+    folder.mkdir()
+    for name in ("train.bin", "val.bin"):
+        np.arange(200, dtype=np.uint16).tofile(folder / name)
+    raw = dataclasses.replace(
+        config, data_dir=str(tmp_path), dataset="openwebtext", n_layer=1, eval_iters=1
+    )
+    run(raw, max_iters=0)
+    assert run(raw, max_iters=1, init_from="resume").iteration == 2
 
 
 def test_only_improvements_are_saved_when_asked(config: TrainConfig):

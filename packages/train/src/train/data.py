@@ -106,8 +106,7 @@ def open_dataset(path: str | Path, *, block_size: int) -> Dataset:
                 f"{block_size + 1:,}; lower block_size or prepare more text"
             )
         _check_ids(tokens[split][:SCANNED_TOKENS], vocab_size, path / file)
-    has_tokenizer = any((path / name).exists() for name in ("tokenizer.json", "vocab.json"))
-    return Dataset(path, vocab_size, tokens, Tokenizer.open(path) if has_tokenizer else None)
+    return Dataset(path, vocab_size, tokens, Tokenizer.find(path))
 
 
 def prepare_command(path: Path) -> str:

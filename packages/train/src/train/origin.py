@@ -1,9 +1,11 @@
 """Where a run begins: fresh weights, a model folder, or its own last checkpoint."""
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from core import checkpoint as model_folder
 from core.config import PRESETS, GPT2Config, from_dict
 from core.errors import FlaxmillError
 from core.models import Model, Params, build
-from core.tokenizer import TOKENIZER_FILES, Tokenizer
+from core.tokenizer import Tokenizer
 from train.checkpoint import Checkpoints, Device, owned
 from train.config import TrainConfig
 from train.data import GPT2_VOCAB_SIZE, Dataset
@@ -46,7 +48,7 @@ def begin(
 ) -> Origin:
     """Returns the beginning that `init_from` asks for; `checkpoints`, if given, holds at least one."""
     if checkpoints is not None:
-        return _from_checkpoint(config, checkpoints, device)
+        return _from_checkpoint(config, dataset, checkpoints, device)
     if config.init_from in ("scratch", "auto"):
         model = build(model_config(config, dataset))
         params, description = model.init(key), "fresh weights"
@@ -74,13 +76,16 @@ def model_config(config: TrainConfig, dataset: Dataset) -> GPT2Config:
     return _with_dropout(shape, config.dropout)
 
 
-def _from_checkpoint(config: TrainConfig, checkpoints: Checkpoints, device: Device) -> Origin:
+def _from_checkpoint(
+    config: TrainConfig, dataset: Dataset, checkpoints: Checkpoints, device: Device
+) -> Origin:
     iteration = checkpoints.latest()
     assert iteration is not None
     progress = checkpoints.progress(iteration)
     saved = from_dict(progress.model)
     path = checkpoints.path(iteration)
     _check_shape(config, saved, path)
+    _check_vocabulary(Path(config.out_dir) / "model", saved, dataset)
     if saved.n_positions != config.block_size:
         raise TrainError(
             f"{path}: trained with block_size={saved.n_positions}, the config says "
@@ -141,16 +146,28 @@ def _check_shape(config: TrainConfig, found: GPT2Config, path: Path) -> None:
 
 def _check_vocabulary(path: Path, found: GPT2Config, dataset: Dataset) -> None:
     """Refuses ids that mean something else to the model: 65 characters would fit into GPT-2's 50,257 unnoticed."""
-    size = found.vocab_size
-    if any((path / name).exists() for name in TOKENIZER_FILES):
-        size = Tokenizer.open(path).vocab_size
-    if dataset.vocab_size > found.vocab_size or (
-        dataset.tokenizer is not None and dataset.vocab_size != size
-    ):
+    tokenizer, size = Tokenizer.find(path), found.vocab_size
+    if tokenizer is not None:
+        size = tokenizer.vocab_size
+    elif size == PADDED_GPT2_VOCAB_SIZE:
+        size = GPT2_VOCAB_SIZE
+    advice = (
+        f"prepare the text again with --tokenizer={path}" if tokenizer else "use another dataset"
+    )
+    if dataset.vocab_size != size or size > found.vocab_size:
         raise TrainError(
             f"{dataset.path}: written with a vocabulary of {dataset.vocab_size}, {path} has {size}; "
-            f"prepare the text again with --tokenizer={path}"
+            f"{advice}"
         )
+    if tokenizer and dataset.tokenizer and _tokens(tokenizer) != _tokens(dataset.tokenizer):
+        raise TrainError(
+            f"{dataset.path}: written with another tokenizer than {path} has; {advice}"
+        )
+
+
+def _tokens(tokenizer: Tokenizer) -> Any:
+    """Which text has which id. The rest of tokenizer.json depends on the program that wrote it."""
+    return json.loads(tokenizer.files()["tokenizer.json"])["model"]["vocab"]
 
 
 def _with_dropout(shape: GPT2Config, rate: float) -> GPT2Config:
