@@ -194,6 +194,15 @@ def test_the_folder_of_a_known_name_is_used_before_the_hub(
     assert checkpoint.open(out).manifest["source"]["path"] == "models/src/gpt2-xl"
 
 
+@pytest.mark.parametrize("name", ["{}/source", "../../source", "models/src/../../source", "./x"])
+def test_a_path_is_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    hf.write(tmp_path / "source", hf.tensors())
+    monkeypatch.chdir(tmp_path)
+    Path("models/src").mkdir(parents=True)
+    with pytest.raises(ConvertError, match="neither a path here nor a model"):
+        importer.plan_model(name.format(tmp_path))
+
+
 def test_importing_the_package_loads_nothing_heavy():
     code = "import convert, sys; print([m for m in ('jax', 'numpy', 'huggingface_hub') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -235,6 +244,9 @@ class TestCommandLine:
         [
             ([], "give either --model=NAME or --source=PATH"),
             (["--model=gpt2", "--source=x"], "give either"),
+            (["--model=/src", "--out=y"], "--model=/src is a path"),
+            (["--model=../src", "--dry_run"], "a checkpoint on disk is --source=PATH"),
+            (["--model=models/src/x", "--out=y"], "--model=models/src/x is a path"),
             (["--source=x"], "--source needs --out=DIR"),
             (["--source=x", "--out=y", "--revision=z"], "--revision pins a download"),
             (["--source=x", "--out=y", "--dtype=fp8"], "dtype"),

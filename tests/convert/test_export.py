@@ -212,7 +212,14 @@ class TestVerify:
     def test_a_cast_folder_is_compared_as_cast(self, tmp_path: Path, model: Path):
         source = model.parent / "source"
         half = convert.convert(source, out=tmp_path / "half", dtype="bfloat16")
-        assert convert.verify(half, against=source).against == str(source)
+        assert str(convert.verify(half, against=source)).endswith(
+            f", equal to {source} cast to bfloat16"
+        )
+
+    def test_a_cast_folder_is_its_own_export_bit_for_bit(self, tmp_path: Path, model: Path):
+        half = convert.convert(model.parent / "source", out=tmp_path / "half", dtype="bfloat16")
+        exported = convert.export(half, out=tmp_path / "exported")
+        assert str(convert.verify(half, against=exported)).endswith("bit for bit")
 
     def test_one_flipped_bit_and_one_changed_file_are_named(self, tmp_path: Path, model: Path):
         copy = tmp_path / "copy"

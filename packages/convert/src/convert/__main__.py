@@ -52,6 +52,10 @@ def _convert_source(path: str) -> None:
 def _convert_model(name: str) -> None:
     from convert import destination, hub, importer
 
+    if hub.looks_like_path(name):
+        raise door.Usage(
+            f"--model={name} is a path; --model is NAME or OWNER/NAME, a checkpoint on disk is --source=PATH --out=DIR"
+        )
     if _DRY_RUN.value:
         print(importer.describe_model(name, dtype=_DTYPE.value, revision=_REVISION.value))
         return

@@ -42,8 +42,16 @@ class Snapshot:
         return {"repo": self.repo, "revision": self.revision}
 
 
+def looks_like_path(name: str) -> bool:
+    """Tells whether `name` is no NAME or OWNER/NAME, but the way to a place on this machine."""
+    parts = name.split("/")
+    return len(parts) > 2 or any(part in ("", ".", "..", "~") for part in parts)
+
+
 def local_folder(name: str) -> Path | None:
     """Returns models/src/NAME, whose files are used instead of the hub's, where it holds any."""
+    if looks_like_path(name):
+        return None
     folder = _local_folder(name)
     return folder if folder.is_dir() and any(folder.iterdir()) else None
 
@@ -64,7 +72,7 @@ def resolve(name: str, revision: str | None = None) -> Snapshot:
     from huggingface_hub import HfApi
 
     repo = KNOWN.get(name, name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+    if looks_like_path(repo) or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise ConvertError(
             f"{name!r} is neither a path here nor a model: expected {', '.join(KNOWN)} or OWNER/NAME"
         )

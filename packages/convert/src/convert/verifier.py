@@ -14,15 +14,17 @@ from core import checkpoint
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was found to be in order."""
+    """What was found to be in order; `cast` is the types that tensors of `against` were cast to."""
 
     tensors: int
     files: int
     nbytes: int
     against: str | None
+    cast: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        same = f", equal to {self.against} bit for bit" if self.against else ""
+        how = f"cast to {' and '.join(self.cast)}" if self.cast else "bit for bit"
+        same = f", equal to {self.against} {how}" if self.against else ""
         return f"{self.tensors} tensors ({self.nbytes:,} bytes) and {self.files} files as in the manifest{same}"
 
 
@@ -54,7 +56,17 @@ def verify(
         len(folder.manifest["files"]),
         total,
         str(against) if against else None,
+        tuple(sorted(_casts(plan, folder))) if plan is not None else (),
     )
+
+
+def _casts(plan: importer.Plan, folder: checkpoint.ModelFolder) -> set[str]:
+    """Returns the types that tensors have here and not in the source."""
+    return {
+        folder.tensors[name].dtype.name
+        for name, move in plan.moves.items()
+        if folder.tensors[name].dtype.name != plan.source.tensors[move.found].dtype
+    }
 
 
 def _differing_files(folder: checkpoint.ModelFolder) -> Iterator[str]:
