@@ -3,8 +3,7 @@
 import collections
 import dataclasses
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ from convert import destination, mapping, progress, tables
 from convert.errors import ConvertError
 from convert.sources import safetensors
 from core import axes, checkpoint, folders
+from core.checkpoint import TensorSpec
 from core.config import GPT2Config
 
 FORMATS = ("hf",)
 SHARD_BYTES = 5_000_000_000
-
-_CODES = {dtype.name: code for code, dtype in safetensors.DTYPES.items()}
 
 
 def export(
@@ -88,63 +86,26 @@ def _write_weights(
     on_bytes: Callable[[int], None],
 ) -> None:
     """Writes one file, or shards and their index where one file would pass `shard_bytes`."""
-    shards = _split(tensors, shard_bytes)
-    if len(shards) == 1:
-        _write_file(folder / safetensors.SINGLE, tensors, shards[0], on_bytes)
-        return
+    specs = [TensorSpec(name, x.shape, x.dtype.name) for name, x in tensors.items()]
+    shards = checkpoint.split(specs, shard_bytes)
     weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        shard = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / shard, tensors, names, on_bytes)
-        weight_map |= dict.fromkeys(names, shard)
-    total = sum(array.nbytes for array in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(folder / safetensors.INDEX, index)
-
-
-def _split(tensors: Mapping[str, np.ndarray], shard_bytes: int) -> list[list[str]]:
-    """Returns the names shard by shard: in order, and none above `shard_bytes` unless one tensor alone is."""
-    shards: list[list[str]] = [[]]
-    room = shard_bytes
-    for name, array in tensors.items():
-        if shards[-1] and array.nbytes > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= array.nbytes
-    return shards
-
-
-def _write_file(
-    path: Path,
-    tensors: Mapping[str, np.ndarray],
-    names: Sequence[str],
-    on_bytes: Callable[[int], None],
-) -> None:
-    """Writes one safetensors file as the reference writer does: wide types first, then by name, header on 8 bytes.
-
-    Older transformers refuse a file whose metadata does not say "pt".
-    """
-    ordered = sorted(names, key=lambda name: (-tensors[name].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in ordered:
-        array = tensors[name]
-        begin, end = end, end + array.nbytes
-        header[name] = {
-            "dtype": _CODES[array.dtype.name],
-            "shape": list(array.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in ordered:
-            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
-            on_bytes(tensors[name].nbytes)
-        file.flush()
-        os.fsync(file.fileno())
+    for number, shard in enumerate(shards, start=1):
+        single = len(shards) == 1
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        checkpoint.write_shard(
+            folder / (safetensors.SINGLE if single else name),
+            # The reference writer's order and alignment: wide types first, then by name, on 8 bytes.
+            sorted(shard, key=lambda spec: (-tensors[spec.name].itemsize, spec.name)),
+            lambda spec: tensors[spec.name],
+            on_bytes,
+            kind="pt",
+            alignment=8,
+        )
+        weight_map |= dict.fromkeys((spec.name for spec in shard), name)
+    if len(shards) > 1:
+        total = sum(array.nbytes for array in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(folder / safetensors.INDEX, index)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

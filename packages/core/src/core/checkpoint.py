@@ -141,10 +141,12 @@ def write(
     _check_space(path, specs)
     with folders.fresh(path) as partial:
         entries, shards = {}, {}
-        plan = _plan_shards(specs, shard_bytes)
+        plan = split(specs, shard_bytes)
         for number, shard in enumerate(plan, start=1):
             name = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-            entries |= _write_shard(partial / name, shard, read, on_bytes)
+            # Sizes divisible by 64 first: then all of those start on 64 bytes, and opening copies none of them.
+            aligned_first = sorted(shard, key=lambda spec: spec.nbytes % ALIGNMENT != 0)
+            entries |= write_shard(partial / name, aligned_first, read, on_bytes)
             shards[name] = (partial / name).stat().st_size
         version = importlib.metadata.version("flaxmill-core")
         manifest = {
@@ -219,8 +221,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _plan_shards(specs: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
-    """Splits `specs` into shards; in each, sizes divisible by 64 come first, so that all of those are aligned."""
+def split(specs: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
+    """Returns `specs` in shards, in order, none above `shard_bytes` unless one tensor alone is."""
     shards: list[list[TensorSpec]] = [[]]
     room = shard_bytes
     for spec in specs:
@@ -229,17 +231,32 @@ def _plan_shards(specs: Sequence[TensorSpec], shard_bytes: int) -> list[list[Ten
             room = shard_bytes
         shards[-1].append(spec)
         room -= spec.nbytes
-    return [sorted(shard, key=lambda spec: spec.nbytes % ALIGNMENT != 0) for shard in shards]
+    return shards
 
 
-def _write_shard(
+def write_shard(
     path: Path,
     specs: Sequence[TensorSpec],
     read: Callable[[TensorSpec], np.ndarray],
     on_bytes: Callable[[int], None] | None,
+    *,
+    kind: str = "flax",
+    alignment: int = ALIGNMENT,
 ) -> dict[str, dict[str, Any]]:
-    """Writes one safetensors file and returns its manifest entries."""
-    header: dict[str, Any] = {"__metadata__": {"format": "flax"}}
+    """Writes one safetensors file, tensor by tensor in the order of `specs`, and returns its manifest entries.
+
+    Args:
+      path: the file.
+      specs: what is in it.
+      read: gives a spec's array.
+      on_bytes: told how many bytes have just been written.
+      kind: the "format" of the file's metadata; older transformers read nothing but "pt".
+      alignment: what the place of the first tensor is a multiple of.
+
+    Raises:
+      CheckpointError: an array is not as its spec says.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": kind}}
     offset = 0
     for spec in specs:
         header[spec.name] = {
@@ -249,7 +266,7 @@ def _write_shard(
         }
         offset += spec.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % alignment)
     entries = {}
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
