@@ -1,4 +1,4 @@
-"""Where output may go: never in the place of something else, and where there is room."""
+"""Where output may go: never in the place of something else."""
 
 from pathlib import Path
 
@@ -41,13 +41,6 @@ def check_apart(out: Path, source: Path) -> None:
     """Raises ConvertError if `source` lies where `out` would be written."""
     if source.resolve().is_relative_to(out.resolve()):
         raise ConvertError(f"{out}: the source {source} lies there; choose another folder")
-
-
-def check_space(out: Path, nbytes: int) -> None:
-    """Raises ConvertError if the disk under `out` has less than `nbytes` free."""
-    free = folders.free_bytes(out)
-    if nbytes > free:
-        raise ConvertError(f"{out}: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
 
 
 def _is_export(folder: Path) -> bool:

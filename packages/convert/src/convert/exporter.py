@@ -39,7 +39,7 @@ def export(
         folder = checkpoint.open(model)
         tensors = hf_tensors(folder.config, folder.tensors)
         total = sum(array.nbytes for array in tensors.values())
-        destination.check_space(out, total)
+        folders.check_space(out, total)
         with (
             folders.fresh(out) as fresh,
             progress.bar("exporting", total, quiet) as advance,

@@ -138,7 +138,7 @@ def write(
     path = Path(path)
     check_replaceable(path, overwrite=overwrite)
     _check_specs(path, config, specs)
-    _check_space(path, specs)
+    folders.check_space(path, sum(spec.nbytes for spec in specs))
     with folders.fresh(path) as partial:
         entries, shards = {}, {}
         plan = split(specs, shard_bytes)
@@ -353,14 +353,6 @@ def _check_specs(path: Path, config: GPT2Config, specs: Sequence[TensorSpec]) ->
             f"{path}: {_some(unknown)} would not be {', '.join(_SAFETENSORS_DTYPES)}"
         )
     _check_names(path, config, {s.name: np.broadcast_to(np.uint8(0), s.shape) for s in specs})
-
-
-def _check_space(path: Path, specs: Iterable[TensorSpec]) -> None:
-    needed, free = sum(spec.nbytes for spec in specs), folders.free_bytes(path)
-    if needed > free:
-        raise CheckpointError(
-            f"{path}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
-        )
 
 
 def _copy_files(folder: Path, files: Mapping[str, Path | bytes]) -> dict[str, dict[str, Any]]:

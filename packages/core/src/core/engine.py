@@ -100,12 +100,12 @@ class Engine:
         self.model, self.params, self.tokenizer, self.slots = model, params, tokenizer, slots
         config = model.config
         eos = tokenizer.eos_id if tokenizer is not None else None
-        stops = {config.eos_token_id, eos} - {None}
+        stops = {id_ for id_ in (config.eos_token_id, eos) if id_ is not None}
         self._statics = Statics(
             model=model,
             sampler=sampler,
             dtype=jnp.dtype(dtype or params["wte"]["embedding"].dtype),
-            stop_ids=tuple(sorted(id_ for id_ in stops if id_ is not None)),
+            stop_ids=tuple(sorted(stops)),
             # A padded vocabulary has rows that no tokenizer can read; they are never sampled.
             vocab_size=min(
                 config.vocab_size, tokenizer.vocab_size if tokenizer else config.vocab_size

@@ -62,10 +62,14 @@ def check_replaceable(
         raise CheckpointError(f"{path} is not {kind} and is not overwritten; remove it yourself")
 
 
-def free_bytes(path: Path) -> int:
-    """Returns how much room there is on the disk where `path` is or would be."""
+def check_space(path: Path, nbytes: int) -> None:
+    """Raises CheckpointError if the disk where `path` is or would be has less than `nbytes` free."""
     parent = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    return shutil.disk_usage(parent).free
+    free = shutil.disk_usage(parent).free
+    if nbytes > free:
+        raise CheckpointError(
+            f"{path}: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+        )
 
 
 def _rename(partial: Path, path: Path) -> None:

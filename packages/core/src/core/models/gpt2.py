@@ -37,8 +37,8 @@ class GPT2(nn.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         config = self.config
         normal = nn.initializers.normal(config.initializer_range)
-        wte_VD = Embedding((config.vocab_size, config.n_embd), normal, name="wte")()
-        wpe_PD = Embedding((config.n_positions, config.n_embd), normal, name="wpe")()
+        wte_VD = Table("embedding", (config.vocab_size, config.n_embd), normal, name="wte")()
+        wpe_PD = Table("embedding", (config.n_positions, config.n_embd), normal, name="wpe")()
         embed_key, blocks_key = _split(dropout_key, 2)
 
         x_BTD = _rows(wte_VD, tokens_BT).astype(self.dtype)
@@ -51,7 +51,7 @@ class GPT2(nn.Module):
         head_VD = (
             wte_VD
             if config.tie_word_embeddings
-            else Kernel((config.vocab_size, config.n_embd), normal, name="lm_head")()
+            else Table("kernel", (config.vocab_size, config.n_embd), normal, name="lm_head")()
         )
         return unembed(x_BTD, head_VD), cache
 
@@ -171,22 +171,16 @@ class LayerNorm(nn.Module):
         return layer_norm(x_BTD, scale_D, bias_D, self.config.layer_norm_epsilon)
 
 
-class Embedding(nn.Module):
+class Table(nn.Module):
+    """A matrix that is looked up or multiplied by: token and position embeddings, an untied head."""
+
+    leaf: str
     shape: tuple[int, int]
     initializer: Initializer
 
     @nn.compact
     def __call__(self):
-        return self.param("embedding", self.initializer, self.shape)
-
-
-class Kernel(nn.Module):
-    shape: tuple[int, int]
-    initializer: Initializer
-
-    @nn.compact
-    def __call__(self):
-        return self.param("kernel", self.initializer, self.shape)
+        return self.param(self.leaf, self.initializer, self.shape)
 
 
 def _rows(table: jax.Array, ids_BT: jax.Array) -> jax.Array:
