@@ -15,7 +15,7 @@ from flax import traverse_util
 
 import core
 import tiny
-from core import axes, checkpoint
+from core import axes, checkpoint, folders
 from core.checkpoint import CheckpointError, TensorSpec
 from core.tokenizer import Tokenizer
 
@@ -458,3 +458,10 @@ def _private_bytes() -> int:
         pytest.skip("needs /proc/self/status")
     (line,) = [line for line in status.read_text().splitlines() if line.startswith("RssAnon")]
     return int(line.split()[1]) * 1024
+
+
+def test_a_disk_without_room_is_one_clear_error_before_anything_is_made(tmp_path):
+    with pytest.raises(CheckpointError, match=r"4611686018\.43 GB are needed, .* GB are free"):
+        folders.check_space(tmp_path / "not" / "there", 2**62)
+    assert list(tmp_path.iterdir()) == []
+    folders.check_space(tmp_path / "not" / "there", 1)
