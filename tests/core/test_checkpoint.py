@@ -1,6 +1,8 @@
 import json
+import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import pytest
 import safetensors.flax
 import safetensors.numpy
 from flax import traverse_util
+from hypothesis import given
+from hypothesis import strategies as st
 
 import core
 import tiny
@@ -136,7 +140,7 @@ def test_many_shards_hold_what_one_holds_and_none_is_too_large(tmp_path, params)
         tmp_path / "many",
         config=CONFIG,
         specs=specs(),
-        read=lambda spec: tensors[spec.name],
+        read=lambda spec: [tensors[spec.name]],
         shard_bytes=limit,
     )
     opened = checkpoint.open(tmp_path / "many")
@@ -159,9 +163,9 @@ def test_the_same_input_gives_the_same_bytes(tmp_path, folder, params):
 def test_writing_reads_each_tensor_once_and_reports_every_byte(tmp_path, params):
     tensors, asked, written = flat(params), [], []
 
-    def read(spec: TensorSpec) -> np.ndarray:
+    def read(spec: TensorSpec) -> Iterator[np.ndarray]:
         asked.append(spec.name)
-        return tensors[spec.name]
+        yield tensors[spec.name]
 
     checkpoint.write(
         tmp_path / "model", config=CONFIG, specs=specs(), read=read, on_bytes=written.append
@@ -174,10 +178,10 @@ def test_writing_reads_each_tensor_once_and_reports_every_byte(tmp_path, params)
 def test_an_interrupted_write_leaves_nothing_and_harms_nothing(folder, error):
     before, neighbours = contents(folder), sorted(folder.parent.iterdir())
 
-    def read(spec: TensorSpec) -> np.ndarray:
+    def read(spec: TensorSpec) -> Iterator[np.ndarray]:
         if spec.name == "ln_f.scale":
             raise error
-        return np.zeros(spec.shape, np.float32)
+        yield np.zeros(spec.shape, np.float32)
 
     for path, overwrite in ((folder, True), (folder.parent / "new", False)):
         with pytest.raises(type(error)):
@@ -244,10 +248,10 @@ def test_of_two_writers_of_one_folder_each_writes_a_whole_one(tmp_path, params, 
     if overwrite:
         checkpoint.save(path, CONFIG, jax.tree.map(lambda x: 3 * x, params))
 
-    def read(spec: TensorSpec) -> np.ndarray:
+    def read(spec: TensorSpec) -> Iterator[np.ndarray]:
         if spec.name == "ln_f.scale":
             checkpoint.save(path, CONFIG, doubled, overwrite=overwrite)
-        return tensors[spec.name]
+        yield tensors[spec.name]
 
     def write() -> None:
         checkpoint.write(path, config=CONFIG, specs=specs(), read=read, overwrite=overwrite)
@@ -400,11 +404,15 @@ def test_a_damaged_folder_is_one_clear_error(folder, kind, says):
         (lambda s: [TensorSpec("h.0.x", (2,), "float32"), *s], "not expected h.0.x"),
         (lambda s: [TensorSpec(s[0].name, (24, 97), "float32"), *s[1:]], "[97, 24], is [24, 97]"),
         (lambda s: [TensorSpec(s[0].name, s[0].shape, "float64"), *s[1:]], "would not be float32"),
+        (
+            lambda s: [TensorSpec(s[0].name, s[0].shape, "uint8"), *s[1:]],
+            "wte.embedding should be floating point, is uint8",
+        ),
     ],
-    ids=["missing", "twice", "unknown", "wrong shape", "unplanned dtype"],
+    ids=["missing", "twice", "unknown", "wrong shape", "unplanned dtype", "quantised"],
 )
 def test_a_plan_that_is_not_the_configuration_s_writes_nothing(tmp_path, change, says):
-    def read(spec: TensorSpec) -> np.ndarray:
+    def read(spec: TensorSpec) -> Iterator[np.ndarray]:
         raise AssertionError("asked for a tensor")
 
     with pytest.raises(CheckpointError) as caught:
@@ -413,15 +421,61 @@ def test_a_plan_that_is_not_the_configuration_s_writes_nothing(tmp_path, change,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("wrong", ["shape", "dtype"])
-def test_an_array_that_is_not_as_planned_writes_nothing(tmp_path, wrong):
-    def read(spec: TensorSpec) -> np.ndarray:
-        shape = spec.shape[::-1] if wrong == "shape" else spec.shape
-        return np.zeros(shape, np.float16 if wrong == "dtype" else np.float32)
+@pytest.mark.parametrize(
+    ("parts", "found"),
+    [
+        ([(97, 24, "float16")], "float16, 4656 bytes"),
+        ([(97, 24, "float32"), (1, 1, "float32")], "float32, 9316 bytes"),
+        ([(96, 24, "float32")], "float32, 9216 bytes"),
+        ([(96, 24, "float32"), (2, 24, "float16")], "float16, 9312 bytes"),
+        ([], "float32, 0 bytes"),
+    ],
+    ids=["another type", "too many", "too few", "another type later", "none"],
+)
+def test_parts_that_are_not_the_tensor_write_nothing(tmp_path, parts, found):
+    def read(spec: TensorSpec) -> Iterator[np.ndarray]:
+        if spec.name != "wte.embedding":
+            yield np.zeros(spec.shape, np.float32)
+        else:
+            yield from (np.zeros(shape, dtype) for *shape, dtype in parts)
 
-    with pytest.raises(CheckpointError, match=r"kernel: expected float32\[.*\], was given float"):
+    with pytest.raises(CheckpointError) as caught:
         checkpoint.write(tmp_path / "model", config=CONFIG, specs=specs(), read=read)
+    expected = "wte.embedding: expected float32[97, 24], 9312 bytes, was given "
+    assert str(caught.value) == expected + found
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("part_bytes", [1, 100, 10_000, 2**24])
+def test_a_tensor_in_parts_is_the_tensor(tmp_path, folder, params, part_bytes):
+    tensors = flat(params)
+    told: list[int] = []
+    checkpoint.write(
+        tmp_path / "parts",
+        config=CONFIG,
+        specs=specs(),
+        read=lambda spec: checkpoint.parts(tensors[spec.name], part_bytes),
+        files=Tokenizer.characters("abc").files(),
+        on_bytes=told.append,
+    )
+    assert contents(tmp_path / "parts") == contents(folder)
+    assert max(told) <= max(part_bytes, 4)
+    assert sum(told) == 4 * CONFIG.parameter_count
+
+
+@given(
+    shape=st.lists(st.integers(0, 5), max_size=4).map(tuple),
+    part_bytes=st.integers(1, 100),
+    turned=st.booleans(),
+)
+def test_parts_joined_are_the_array_in_c_order(shape, part_bytes, turned):
+    array = np.arange(math.prod(shape), dtype=np.uint16).reshape(shape)
+    array = array.T if turned else array
+    parts = list(checkpoint.parts(array, part_bytes))
+    assert b"".join(part.tobytes() for part in parts) == array.tobytes()
+    assert all(part.nbytes <= max(part_bytes, 2) for part in parts)
+    if not turned and array.size:
+        assert all(np.shares_memory(part, array) for part in parts)
 
 
 def test_saving_another_model_s_parameters_names_the_difference(tmp_path, params):
@@ -442,7 +496,7 @@ def test_opening_takes_no_memory_of_its_own(tmp_path):
             TensorSpec(n, axes.shape(w, config.axes), "float32")
             for n, w in config.tensors().items()
         ],
-        read=lambda spec: np.zeros(spec.shape, np.float32),
+        read=lambda spec: [np.zeros(spec.shape, np.float32)],
     )
     before = _private_bytes()
     opened = checkpoint.open(tmp_path / "big")

@@ -17,7 +17,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import numpy as np
 
 from core import axes, folders
 from core import config as config_lib
-from core.config import GPT2Config
+from core.config import GPT2Config as Config
 from core.errors import CheckpointError as CheckpointError
 from core.errors import ConfigError
 from core.tokenizer import Tokenizer
@@ -37,17 +37,22 @@ CONFIG = "config.json"
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 
-_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+PART_BYTES = (
+    16 * 2**20
+)  # what a tensor is cut into on its way: large enough to cost no time, small enough to hold
+
+_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
 _NUMPY_DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "U8": np.dtype(np.uint8),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """One tensor to be written: `dtype` by its numpy name; where it came from, for the manifest."""
+    """One tensor to be written: `dtype` by its numpy name ("uint8": quantised); its origin is for the manifest."""
 
     name: str
     shape: tuple[int, ...]
@@ -60,17 +65,21 @@ class TensorSpec:
         return math.prod(self.shape) * _NUMPY_DTYPES[_SAFETENSORS_DTYPES[self.dtype]].itemsize
 
 
+Read = Callable[[TensorSpec], Iterable[np.ndarray]]
+"""Gives a tensor's consecutive parts, of its dtype: joined in C order they are the tensor (see `parts`)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelFolder:
     """An opened model folder; `tensors` are read-only views of the mapped files."""
 
     path: Path
-    config: GPT2Config
+    config: Config
     manifest: Mapping[str, Any]
     tensors: Mapping[str, np.ndarray]
 
     def params(self, dtype: Any = None) -> dict[str, Any]:
-        """Returns the nested parameter dict as JAX arrays, cast to `dtype` if given.
+        """Returns the nested parameter dict as JAX arrays, cast to `dtype` if given and they are not quantised.
 
         On a CPU the arrays share the file's pages and cost no memory: never donate them.
         """
@@ -78,7 +87,7 @@ class ModelFolder:
         from flax import traverse_util
 
         arrays = {
-            name: jax.device_put(x if dtype is None else x.astype(dtype))
+            name: jax.device_put(x if dtype is None or is_quantised(name) else x.astype(dtype))
             for name, x in self.tensors.items()
         }
         return traverse_util.unflatten_dict(arrays, sep=".")
@@ -110,9 +119,9 @@ def open(path: str | Path) -> ModelFolder:
 def write(
     path: str | Path,
     *,
-    config: GPT2Config,
+    config: Config,
     specs: Sequence[TensorSpec],
-    read: Callable[[TensorSpec], np.ndarray],
+    read: Read,
     files: Mapping[str, Path | bytes] | None = None,
     source: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -125,7 +134,7 @@ def write(
       path: where the folder will be; it appears when it is whole.
       config: what the tensors belong to; written as config.json, and hashed in the manifest like `files`.
       specs: every tensor of `config`, in any order.
-      read: gives a spec's array, of just that shape and dtype; called once for each, so one is in memory at a time.
+      read: gives a spec's parts; called once for each spec, and one part is in memory at a time.
       files: what to put beside, by name: contents, or a file to copy.
       source: noted in the manifest: where the weights come from.
       overwrite: replaces a folder that is already there (by renaming, so readers see the old or the new).
@@ -164,7 +173,7 @@ def write(
 
 def save(
     path: str | Path,
-    config: GPT2Config,
+    config: Config,
     params: Mapping[str, Any],
     *,
     tokenizer: Tokenizer | None = None,
@@ -188,11 +197,16 @@ def save(
         path,
         config=config,
         specs=specs,
-        read=lambda spec: np.asarray(flat[spec.name]),
+        read=lambda spec: parts(np.asarray(flat[spec.name])),
         files=tokenizer.files() if tokenizer is not None else {},
         source=source,
         overwrite=overwrite,
     )
+
+
+def is_quantised(name: str) -> bool:
+    """Tells whether a tensor holds packed numbers or their scales, in bytes, which no cast may touch."""
+    return name.endswith((".blocks", ".scales"))
 
 
 def is_model_folder(path: Path) -> bool:
@@ -234,10 +248,27 @@ def split(specs: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec
     return shards
 
 
+def parts(array: np.ndarray, part_bytes: int = PART_BYTES) -> Iterator[np.ndarray]:
+    """Gives `array` in consecutive parts of at most `part_bytes`: views where its memory is in C order, else copies.
+
+    >>> [part.tolist() for part in parts(np.arange(6, dtype=np.uint8).reshape(2, 3).T, part_bytes=4)]
+    [[[0, 3], [1, 4]], [[2, 5]]]
+    """
+    if array.nbytes <= part_bytes or array.ndim == 0:
+        yield np.ascontiguousarray(array).reshape(array.shape)
+    elif (row_bytes := array.nbytes // len(array)) > part_bytes and array.ndim > 1:
+        for row in array:
+            yield from parts(row, part_bytes)
+    else:
+        step = max(part_bytes // row_bytes, 1)
+        for start in range(0, len(array), step):
+            yield np.ascontiguousarray(array[start : start + step])
+
+
 def write_shard(
     path: Path,
     specs: Sequence[TensorSpec],
-    read: Callable[[TensorSpec], np.ndarray],
+    read: Read,
     on_bytes: Callable[[int], None] | None,
     *,
     kind: str = "flax",
@@ -248,13 +279,13 @@ def write_shard(
     Args:
       path: the file.
       specs: what is in it.
-      read: gives a spec's array.
+      read: gives a spec's parts.
       on_bytes: told how many bytes have just been written.
       kind: the "format" of the file's metadata; older transformers read nothing but "pt".
       alignment: what the place of the first tensor is a multiple of.
 
     Raises:
-      CheckpointError: an array is not as its spec says.
+      CheckpointError: the parts are not what the spec says.
     """
     header: dict[str, Any] = {"__metadata__": {"format": kind}}
     offset = 0
@@ -271,29 +302,43 @@ def write_shard(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for spec in specs:
-            array = np.ascontiguousarray(read(spec))
-            if array.shape != spec.shape or array.dtype.name != spec.dtype:
-                raise CheckpointError(
-                    f"{spec.name}: expected {spec.dtype}{list(spec.shape)}, "
-                    f"was given {array.dtype.name}{list(array.shape)}"
-                )
-            data = array.reshape(-1).view(np.uint8).data
+            start, digest = file.tell(), hashlib.sha256()
+            for data in _checked(spec, read(spec)):
+                digest.update(data)
+                file.write(data)
+                if on_bytes is not None:
+                    on_bytes(len(data))
             entries[spec.name] = {
                 "dtype": spec.dtype,
                 "shape": list(spec.shape),
                 "shard": path.name,
-                "offset": file.tell(),
+                "offset": start,
                 "nbytes": spec.nbytes,
-                "sha256": hashlib.sha256(data).hexdigest(),
+                "sha256": digest.hexdigest(),
                 "sources": list(spec.sources),
                 "layout": spec.layout,
             }
-            file.write(data)
-            if on_bytes is not None:
-                on_bytes(spec.nbytes)
         file.flush()
         os.fsync(file.fileno())
     return entries
+
+
+def _checked(spec: TensorSpec, parts: Iterable[np.ndarray]) -> Iterator[memoryview]:
+    """Gives the bytes of the parts that make up `spec`; CheckpointError if they are of another type or number."""
+    left = spec.nbytes
+    for part in parts:
+        left -= part.nbytes
+        if part.dtype.name != spec.dtype or left < 0:
+            break
+        yield np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+    else:
+        if not left:
+            return
+        part = np.empty(0, spec.dtype)
+    raise CheckpointError(
+        f"{spec.name}: expected {spec.dtype}{list(spec.shape)}, {spec.nbytes} bytes, "
+        f"was given {part.dtype.name}, {spec.nbytes - left} bytes"
+    )
 
 
 def _map_shard(path: Path, expected_bytes: int) -> dict[str, np.ndarray]:
@@ -328,12 +373,20 @@ def _view(mapped: mmap.mmap, start: int, entry: Mapping[str, Any]) -> np.ndarray
     return np.frombuffer(mapped, dtype, math.prod(shape), start + begin).reshape(shape)
 
 
-def _check_names(path: Path, config: GPT2Config, tensors: Mapping[str, np.ndarray]) -> None:
+def _check_names(
+    path: Path, config: Config, tensors: Mapping[str, np.ndarray | TensorSpec]
+) -> None:
     expected = {name: axes.shape(word, config.axes) for name, word in config.tensors().items()}
+    found = {name: tensors[name] for name in expected.keys() & tensors.keys()}
     wrong = [
-        f"{name} should be {list(expected[name])}, is {list(tensors[name].shape)}"
-        for name in expected.keys() & tensors.keys()
-        if expected[name] != tensors[name].shape
+        f"{name} should be {list(expected[name])}, is {list(x.shape)}"
+        for name, x in found.items()
+        if expected[name] != x.shape
+    ]
+    wrong += [
+        f"{name} should be {'uint8' if is_quantised(name) else 'floating point'}, is {x.dtype}"
+        for name, x in found.items()
+        if is_quantised(name) != (x.dtype == "uint8")
     ]
     missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     wrong += [f"missing {_some(missing)}"] * bool(missing)
@@ -344,7 +397,7 @@ def _check_names(path: Path, config: GPT2Config, tensors: Mapping[str, np.ndarra
         )
 
 
-def _check_specs(path: Path, config: GPT2Config, specs: Sequence[TensorSpec]) -> None:
+def _check_specs(path: Path, config: Config, specs: Sequence[TensorSpec]) -> None:
     names = [spec.name for spec in specs]
     if len(set(names)) != len(names):
         raise CheckpointError(f"{path}: a tensor is planned twice")
@@ -352,7 +405,7 @@ def _check_specs(path: Path, config: GPT2Config, specs: Sequence[TensorSpec]) ->
         raise CheckpointError(
             f"{path}: {_some(unknown)} would not be {', '.join(_SAFETENSORS_DTYPES)}"
         )
-    _check_names(path, config, {s.name: np.broadcast_to(np.uint8(0), s.shape) for s in specs})
+    _check_names(path, config, {spec.name: spec for spec in specs})
 
 
 def _copy_files(folder: Path, files: Mapping[str, Path | bytes]) -> dict[str, dict[str, Any]]:
