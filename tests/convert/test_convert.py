@@ -115,12 +115,13 @@ def test_a_value_beyond_the_range_stops_the_cast(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
-def test_an_overflow_in_a_later_chunk_is_seen(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(importer, "_CHUNK", 64)
-    array = np.zeros((50, 10), np.float32)
-    array[-1, -1] = 1e5
-    with pytest.raises(ConvertError, match="100000 does not fit in float16"):
-        importer.cast(array, "float16", "w")
+def test_an_overflow_in_a_later_part_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importer, "_PART", 64)
+    weights = hf.tensors()
+    weights["wte.weight"][-1, -1] = 1e6
+    with pytest.raises(ConvertError, match=r"wte.weight: 1e\+06 does not fit in float16"):
+        convert.convert(hf.write(tmp_path / "source", weights), out=tmp_path / "m", dtype="float16")
+    assert not (tmp_path / "m").exists()
 
 
 def test_infinities_and_nans_of_the_source_are_kept(tmp_path: Path):
@@ -233,10 +234,18 @@ class TestCommandLine:
         done = hf.run("convert", "--source=source", "--out=out", "--dry_run", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert re.search(
-            r"^model +gpt2: 5,[0-9]{3} parameters, 3 layers", done.stdout, re.MULTILINE
+            r"^model +gpt2: 5,[0-9]{3} parameters \(.*n_layer=3", done.stdout, re.MULTILINE
         )
-        assert re.search(r"^writes +40 tensors as float32$", done.stdout, re.MULTILINE)
-        assert "3 (causal mask buffer, not a weight)" in done.stdout
+        assert re.search(
+            r"^writes +40 tensors, [0-9]{2},[0-9]{3} bytes$", done.stdout, re.MULTILINE
+        )
+        assert re.search(
+            r"^3 x blocks\.\*\.attn\.qkv\.kernel +float32\[14, 3, 2, 7\] +2,352 bytes "
+            r" <- h\.\*\.attn\.c_attn\.weight  D\(3NH\) -> D3NH$",
+            done.stdout,
+            re.MULTILINE,
+        )
+        assert "3 x h.*.attn.bias left out: causal mask buffer, not a weight" in done.stdout
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
     @pytest.mark.parametrize(
@@ -284,7 +293,7 @@ class TestCommandLine:
             file.write_bytes(file.read_bytes()[:1000])
         done = hf.run("convert", "--source=source", "--out=out", "--dtype=float16", cwd=tmp_path)
         assert {
-            "missing": "no safetensors weights among",
+            "missing": "no weights that are understood among",
             "truncated": "found 1000 bytes",
             "shape": "wpe.weight has shape [14, 11], expected [11, 14]",
             "key": "unknown key 'n_embed' (did you mean 'n_embd'?)",

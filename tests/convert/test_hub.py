@@ -244,7 +244,7 @@ def test_an_unknown_model_or_revision_is_told(run: Run, flags: list[str], messag
 
 def test_what_cannot_be_converted_is_not_downloaded(hub: Hub, run: Run, commits):
     hub.repos[REPO][NEW] = commits[NEW] | {"config.json": b'{"model_type": "llama"}'}
-    assert "model_type 'llama'" in hf.the_error(run(f"--model={REPO}"))
+    assert "model_type is 'llama'" in hf.the_error(run(f"--model={REPO}"))
     assert hub.storage_requests() == []
 
 

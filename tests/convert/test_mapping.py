@@ -9,7 +9,8 @@ import hf_checkpoints as hf
 from convert import ConvertError, importer, mapping, tables
 from convert.sources import open_source
 from core import axes
-from core.config import PRESETS, GPT2Config
+from core.config import GPT2Config
+from core.config.gpt2 import PRESETS as GPT2S
 
 
 def plan(tmp_path: Path, weights: dict[str, np.ndarray], **config) -> importer.Plan:
@@ -24,9 +25,9 @@ def problems(tmp_path: Path, weights: dict[str, np.ndarray], **config) -> tuple[
     return told.value.problems
 
 
-@pytest.mark.parametrize("config", [*PRESETS.values(), GPT2Config(tie_word_embeddings=False)])
+@pytest.mark.parametrize("config", [*GPT2S.values(), GPT2Config(tie_word_embeddings=False)])
 def test_the_table_has_one_row_for_every_tensor_and_inverts(config: GPT2Config):
-    moves = mapping.moves(tables.HF["gpt2"], config)
+    moves = mapping.moves(tables.HF.table(config), config)
     assert [move.target for move in moves] == list(config.tensors())
     assert len({move.source for move in moves}) == len(moves)
     for move in moves:
@@ -67,7 +68,10 @@ def test_a_wrong_config_is_reported_in_one_line_with_its_sizes(tmp_path: Path):
         plan(tmp_path, hf.tensors(), n_layer=2)
     assert len(told.value.problems) == 12
     message = str(told.value)
-    assert "12 mismatches with config.json (n_layer=2, n_embd=14" in message
+    assert (
+        "12 mismatches with the config (vocab_size=37, n_positions=11, n_embd=14, n_layer=2"
+        in message
+    )
     assert message.endswith("; and 4 more")
     assert "\n" not in message
 
@@ -137,7 +141,7 @@ def test_unknown_and_unsupported_config_keys_are_refused_together(tmp_path: Path
 
 def test_another_family_is_refused_by_name(tmp_path: Path):
     folder = hf.write(tmp_path / "llama", hf.tensors(), config={"model_type": "llama"})
-    with pytest.raises(ConvertError, match="model_type 'llama'"):
+    with pytest.raises(ConvertError, match="model_type is 'llama'; expected one of gpt2"):
         importer.plan_source(folder)
 
 
@@ -145,6 +149,5 @@ def test_planning_reads_no_weights(tmp_path: Path):
     folder = hf.write(tmp_path / "gpt", hf.tensors())
     source = open_source(folder)
     (folder / "model.safetensors").unlink()
-    assert mapping.match(
-        tables.HF["gpt2"], tables.read_config(folder, source.config), source.tensors
-    ).moves
+    config = tables.read_config(folder, source.config)
+    assert mapping.match(tables.table(source, config), config, source.tensors).moves

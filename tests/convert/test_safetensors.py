@@ -157,11 +157,11 @@ def test_what_lies_there_instead_is_named(tmp_path: Path):
         open_source(tmp_path / "nothing")
     with pytest.raises(ConvertError, match="an empty folder"):
         open_source(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
-    with pytest.raises(ConvertError, match=r"no safetensors weights among pytorch_model\.bin"):
+    (tmp_path / "weights.h5").write_bytes(b"\x89HDF")
+    with pytest.raises(ConvertError, match=r"no weights that are understood among weights\.h5"):
         open_source(tmp_path)
-    with pytest.raises(ConvertError, match="does not begin as safetensors does"):
-        open_source(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConvertError, match="a file of 4 bytes that begins as none of the formats"):
+        open_source(tmp_path / "weights.h5")
 
 
 def test_a_config_must_be_there_and_be_json(tmp_path: Path):

@@ -8,8 +8,9 @@ The work is in `importer`, `exporter` and `verifier`. The modules `export` and `
 refuse to be imported, because an imported submodule would take the place of the function of its name.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from convert.errors import ConvertError
 
@@ -24,16 +25,17 @@ def convert(
     *,
     out: str | Path,
     dtype: str = "keep",
+    format: str = "auto",
     revision: str | None = None,
     overwrite: bool = False,
     quiet: bool | None = None,
 ) -> Path:
     """Writes the model folder `out` from a checkpoint and returns its path.
 
-    A path that exists is read; any other string names a model on the hub ("gpt2-xl", "owner/name"), which is looked for
-    in `models/src` first and downloaded otherwise, at `revision` (a branch, tag or commit). `dtype` is "keep", or what
-    every weight is cast to: "float32", "bfloat16", "float16". `quiet=True` shows no progress, `None` shows it where
-    stderr is a terminal.
+    A path that exists is read, as `format` or by its content; any other string names a model on the hub ("gpt2-xl",
+    "owner/name"), which is looked for in `models/src` first and downloaded otherwise, at `revision` (a branch, tag or
+    commit). `dtype` is "keep", or what every weight is cast to: "float32", "bfloat16", "float16". `quiet=True` shows
+    no progress, `None` shows it where stderr is a terminal.
 
     Raises:
       ConvertError: nothing was written at `out`.
@@ -42,7 +44,7 @@ def convert(
 
     destination.for_model(out, overwrite=overwrite)
     if isinstance(source_or_model, Path) or Path(source_or_model).exists():
-        plan = importer.plan_source(source_or_model, dtype=dtype, revision=revision)
+        plan = importer.plan_source(source_or_model, dtype=dtype, format=format, revision=revision)
     else:
         plan = importer.plan_model(source_or_model, dtype=dtype, revision=revision, quiet=quiet)
     return importer.write(plan, out, overwrite=overwrite, quiet=quiet)
@@ -54,12 +56,14 @@ def export(
     to: str = "hf",
     out: str | Path,
     overwrite: bool = False,
-    shard_bytes: int = 5_000_000_000,
     quiet: bool | None = None,
+    on_note: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> Path:
     """Writes the model folder `model` in somebody else's format at `out` and returns that path.
 
-    `to="hf"` is the folder that transformers' `from_pretrained` opens, in shards of at most `shard_bytes`.
+    `to="hf"` is the folder that transformers' `from_pretrained` opens, in shards of at most `shard_bytes`. `on_note`
+    is told, one line each, what the format could hold only in another way.
 
     Raises:
       ConvertError: nothing was written at `out`.
@@ -67,7 +71,7 @@ def export(
     from convert import exporter
 
     return exporter.export(
-        model, to=to, out=out, overwrite=overwrite, shard_bytes=shard_bytes, quiet=quiet
+        model, to=to, out=out, overwrite=overwrite, quiet=quiet, on_note=on_note, **options
     )
 
 

@@ -6,19 +6,29 @@
 A model known by name is read from models/src/NAME where that folder exists, and downloaded otherwise.
 """
 
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from absl import flags
 
+from convert import sources
 from core import door
+
+if TYPE_CHECKING:
+    from convert import importer
 
 _MODEL = flags.DEFINE_string(
     "model", None, "gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, or OWNER/NAME on the hub."
 )
-_SOURCE = flags.DEFINE_string("source", None, "A checkpoint folder, or one .safetensors file.")
+_SOURCE = flags.DEFINE_string("source", None, "A checkpoint: a folder or a file.")
 _OUT = flags.DEFINE_string("out", None, "The model folder to write; models/NAME with --model.")
 _DTYPE = flags.DEFINE_enum(
     "dtype", "keep", ["keep", "float32", "bfloat16", "float16"], "The type of every weight written."
 )
-_FORMAT = flags.DEFINE_enum("format", "auto", ["auto", "hf"], "The format of --source.")
+_FORMAT = flags.DEFINE_enum(
+    "format", "auto", ["auto", *sources.READERS], "The format of --source, which its content tells."
+)
 _REVISION = flags.DEFINE_string("revision", None, "The branch, tag or commit to download.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replaces the model folder --out.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Prints the plan, downloads and writes no weights.")
@@ -46,7 +56,7 @@ def _convert_source(path: str) -> None:
         return
     out = destination.for_model(_OUT.value or "", overwrite=_OVERWRITE.value)
     plan = importer.plan_source(path, dtype=_DTYPE.value, format=_FORMAT.value)
-    print(importer.write(plan, out, overwrite=_OVERWRITE.value))
+    _write(plan, out)
 
 
 def _convert_model(name: str) -> None:
@@ -61,6 +71,14 @@ def _convert_model(name: str) -> None:
         return
     out = destination.for_model(_OUT.value or hub.default_out(name), overwrite=_OVERWRITE.value)
     plan = importer.plan_model(name, dtype=_DTYPE.value, revision=_REVISION.value)
+    _write(plan, out)
+
+
+def _write(plan: "importer.Plan", out: Path) -> None:
+    from convert import importer
+
+    for note in plan.source.notes:
+        sys.stderr.write(f"note: {note}\n")
     print(importer.write(plan, out, overwrite=_OVERWRITE.value))
 
 

@@ -6,17 +6,19 @@ python -m convert.export --model=DIR --to=hf --out=PATH
 if __name__ != "__main__":
     raise ImportError("convert.export is a function; this file is its command line")
 
-import json
 import sys
 from pathlib import Path
 
 from absl import flags
 
 import convert
+from convert import targets
 from core import door
 
 _MODEL = flags.DEFINE_string("model", None, "The model folder to read.")
-_TO = flags.DEFINE_enum("to", "hf", ["hf"], "hf: what transformers' from_pretrained opens.")
+_TO = flags.DEFINE_enum(
+    "to", "hf", list(targets.TARGETS), "hf: what transformers' from_pretrained opens."
+)
 _OUT = flags.DEFINE_string("out", None, "The folder to write.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replaces the folder --out.")
 
@@ -25,11 +27,15 @@ def main() -> None:
     if not _MODEL.value or not _OUT.value:
         raise door.Usage("give --model=DIR and --out=PATH")
     model = Path(_MODEL.value).absolute()  # the working directory may be what --out replaces
-    print(convert.export(model, to=_TO.value, out=_OUT.value, overwrite=_OVERWRITE.value))
-    if not json.loads((model / "config.json").read_text())["use_bias"]:
-        sys.stderr.write(
-            "note: the model has no biases; the export has zeros, as GPT2LMHeadModel needs them\n"
+    print(
+        convert.export(
+            model, to=_TO.value, out=_OUT.value, overwrite=_OVERWRITE.value, on_note=_note
         )
+    )
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(f"note: {text}\n")
 
 
 door.run(main)

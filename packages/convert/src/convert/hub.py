@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from convert import sources
 from convert.errors import ConvertError
 from convert.sources import safetensors
 
@@ -85,7 +86,7 @@ def resolve(name: str, revision: str | None = None) -> Snapshot:
         if cached := _cached(repo, revision):
             return cached
         raise ConvertError(
-            f"{error}, and the cache has no whole copy of {repo}. Put {safetensors.CONFIG}, "
+            f"{error}, and the cache has no whole copy of {repo}. Put {sources.CONFIG}, "
             f"{safetensors.SINGLE} (or its shards and {safetensors.INDEX}) and tokenizer.json "
             f"(or vocab.json and merges.txt) into {_local_folder(name)} and run this again"
         ) from error
@@ -101,10 +102,10 @@ def fetch_companions(snapshot: Snapshot, *, quiet: bool | None = None) -> Path:
     """Downloads config, index and tokenizer files where they are not cached; returns the snapshot's folder."""
     from huggingface_hub import hf_hub_download
 
-    wanted = (safetensors.CONFIG, safetensors.INDEX, *safetensors.COMPANIONS)
+    wanted = (sources.CONFIG, safetensors.INDEX, *sources.COMPANIONS)
     names = [name for name in wanted if name in snapshot.sizes]
-    if safetensors.CONFIG not in names:
-        raise ConvertError(f"{snapshot.repo} has no {safetensors.CONFIG} at {snapshot.revision}")
+    if sources.CONFIG not in names:
+        raise ConvertError(f"{snapshot.repo} has no {sources.CONFIG} at {snapshot.revision}")
     with _explained(snapshot.repo, snapshot.revision), _muted(quiet):
         paths = [
             Path(hf_hub_download(snapshot.repo, name, revision=snapshot.revision)) for name in names
@@ -221,7 +222,7 @@ def _check_hash(path: Path, expected: str) -> None:
 
 def _cached(repo: str, revision: str | None) -> Snapshot | None:
     """Returns the snapshot that the cache holds of `revision`, if its weights are all there."""
-    config = _in_cache(repo, safetensors.CONFIG, revision)
+    config = _in_cache(repo, sources.CONFIG, revision)
     if config is None:
         return None
     folder = config.parent

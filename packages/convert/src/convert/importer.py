@@ -3,10 +3,11 @@
 A plan has opened the source and found every parameter in it; writing reads one tensor at a time and never holds two.
 """
 
-import collections
 import dataclasses
 import functools
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ import numpy as np
 from convert import destination, mapping, progress, sources, tables
 from convert.errors import ConvertError
 from core import axes
-from core.config import GPT2Config
+from core.checkpoint import TensorSpec
+from core.config import Config
 
 DTYPES = ("keep", *mapping.FLOATS)
-_CHUNK = 1 << 22  # elements cast at a time: the temporaries of a cast stay at tens of megabytes
+_PART = (
+    1 << 22
+)  # elements read, cast and written at a time: the temporaries stay at tens of megabytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,33 +35,61 @@ class Plan:
     dtype: str
     origin: Mapping[str, Any]
 
+    @property
+    def config(self) -> Config:
+        """The model that is written."""
+        return self.match.config
+
     @functools.cached_property
     def moves(self) -> dict[str, mapping.Move]:
-        """Every parameter's way, by the parameter's name, in the order of the model's tensors."""
+        """Every parameter's way, by the parameter's name."""
         return {move.target: move for move in self.match.moves}
 
-    def dtype_of(self, move: mapping.Move) -> str:
-        """Returns the type in which the parameter is written."""
-        return self.source.tensors[move.found].dtype if self.dtype == "keep" else self.dtype
+    @functools.cached_property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """What is written, in the order of the model's tensors."""
+        return tuple(self._spec(name, word) for name, word in self.config.tensors().items())
 
-    def read(self, name: str, *, dtype: str) -> np.ndarray:
-        """Returns parameter `name` in its own layout; a view of the source's file unless it is cast."""
-        move = self.moves[name]
+    @property
+    def nbytes(self) -> int:
+        """The size of all that is written."""
+        return sum(spec.nbytes for spec in self.specs)
+
+    def parts(self, spec: TensorSpec) -> Iterator[np.ndarray]:
+        """Yields a parameter in its own layout, in consecutive parts; views of the source's file unless they are cast.
+
+        `spec` may have another type than the plan's: verification derives what a folder holds, as it holds it.
+        """
+        move = self.moves[spec.name]
         array = self.source.tensors[move.found].read()
-        return cast(axes.relayout(array, move.layout, self.match.config.axes), dtype, move.found)
+        if move.rows is not None:
+            array = array[slice(*move.rows)]
+        for part in in_parts(axes.relayout(array, move.layout, self.config.axes)):
+            yield cast(part, spec.dtype, move.found)
 
     def describe(self) -> str:
-        """Returns the plan as a few lines to read."""
-        config, source = self.match.config, self.source
+        """Returns the plan to read: the source, the model, every tensor's way, and what is left out and why."""
+        source = self.source
         stored = sum(path.stat().st_size for path in source.files)
-        kinds = collections.Counter(self.dtype_of(move) for move in self.match.moves)
-        reasons = collections.Counter(self.match.dropped.values())
-        return _lines(
+        facts = _lines(
             source=f"{source.path} ({source.format}, {len(source.tensors)} tensors, {stored:,} bytes)",
-            model=_summary(config),
-            writes=", ".join(f"{count} tensors as {kind}" for kind, count in kinds.items()),
-            drops=", ".join(f"{n} ({why})" for why, n in reasons.items()) or "nothing",
+            model=_summary(self.config),
+            writes=f"{len(self.specs)} tensors, {self.nbytes:,} bytes",
             copies=", ".join(source.companions) or "no tokenizer files",
+        )
+        notes = [f"note    {note}" for note in source.notes]
+        return "\n".join([facts, *notes, "", *_rows(self)])
+
+    def _spec(self, name: str, word: str) -> TensorSpec:
+        move = self.moves[name]
+        stored = self.source.tensors[move.found].dtype
+        keeps = self.dtype == "keep" or stored not in mapping.FLOATS
+        return TensorSpec(
+            name=name,
+            shape=axes.shape(word, self.config.axes),
+            dtype=stored if keeps else self.dtype,
+            sources=(move.found,),
+            layout=move.layout,
         )
 
 
@@ -79,9 +111,9 @@ def plan_source(
     if revision is not None and origin is None:
         raise ConvertError(f"revision {revision!r} pins a download, but {path} is a local folder")
     source = sources.open_source(path, format=format)
-    config = tables.read_config(source.path, source.config)
+    config = tables.read_config(source.path, source.config, source.tensors)
     try:
-        match = mapping.match(tables.HF[config.family], config, source.tensors)
+        match = mapping.match(tables.table(source, config), config, source.tensors)
     except ConvertError as error:
         raise ConvertError(f"{path}: {error.summary}", error.problems) from error
     return Plan(source, match, dtype, origin or {"path": str(path)})
@@ -135,32 +167,31 @@ def write(
 
     out = Path(out)
     destination.check_apart(out, plan.source.path)
-    config = plan.match.config
-    specs = [
-        checkpoint.TensorSpec(
-            name=move.target,
-            shape=axes.shape(config.tensors()[move.target], config.axes),
-            dtype=plan.dtype_of(move),
-            sources=(move.found,),
-            layout=move.layout,
-        )
-        for move in plan.match.moves
-    ]
     try:
-        with progress.bar("converting", sum(spec.nbytes for spec in specs), quiet) as advance:
+        with progress.bar("converting", plan.nbytes, quiet) as advance:
             checkpoint.write(
                 out,
-                config=config,
-                specs=specs,
-                read=lambda spec: plan.read(spec.name, dtype=spec.dtype),
+                config=plan.config,
+                specs=plan.specs,
+                read=plan.parts,
                 files=plan.source.companions,
-                source={**plan.origin, "files": _hashes(plan.source)},
+                source=_origin(plan),
                 overwrite=overwrite,
                 on_bytes=advance,
             )
     except (checkpoint.CheckpointError, OSError) as error:
         raise ConvertError(str(error)) from error
     return out
+
+
+def in_parts(array: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields an array of any layout in consecutive pieces along its first axis, each a few million elements."""
+    if array.ndim == 0:
+        yield array
+        return
+    rows = max(1, _PART // max(1, math.prod(array.shape[1:])))
+    for start in range(0, len(array), rows):
+        yield array[start : start + rows]
 
 
 def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
@@ -171,39 +202,60 @@ def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
     """
     if array.dtype.name == dtype:
         return array
-    flat = np.ascontiguousarray(array).reshape(-1)
-    result = np.empty(flat.shape, np.dtype(getattr(ml_dtypes, dtype, dtype)))
-    for start in range(0, flat.size, _CHUNK):
-        part = flat[start : start + _CHUNK]
-        with np.errstate(over="ignore"):
-            result[start : start + _CHUNK] = part
-        lost = np.isinf(result[start : start + _CHUNK]) & np.isfinite(part)
-        if lost.any():
-            largest = np.abs(part[lost].astype(np.float64)).max()
-            raise ConvertError(
-                f"{name}: {largest:.6g} does not fit in {dtype} (at most {ml_dtypes.finfo(dtype).max:.6g}); "
-                "keep the type, or cast to bfloat16 or float32"
-            )
-    return result.reshape(array.shape)
+    with np.errstate(over="ignore"):
+        result = array.astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
+    lost = np.isinf(result) & np.isfinite(array)
+    if lost.any():
+        largest = np.abs(array[lost].astype(np.float64)).max()
+        raise ConvertError(
+            f"{name}: {largest:.6g} does not fit in {dtype} (at most {ml_dtypes.finfo(dtype).max:.6g}); "
+            "keep the type, or cast to bfloat16 or float32"
+        )
+    return result
 
 
-def _summary(config: GPT2Config) -> str:
-    return (
-        f"{config.family}: {config.parameter_count:,} parameters, {config.n_layer} layers, "
-        f"width {config.n_embd}, {config.n_head} heads, vocabulary {config.vocab_size}, "
-        f"{'tied' if config.tie_word_embeddings else 'untied'} head"
-    )
+def _summary(config: Config) -> str:
+    return f"{config.family}: {config.parameter_count:,} parameters ({mapping.sizes(config)})"
+
+
+def _rows(plan: Plan) -> Iterator[str]:
+    """Yields a line for every kind of tensor written, its layers counted, and for every kind left out."""
+
+    def kind(name: str) -> str:
+        return re.sub(r"(?<=[./])\d+(?=[./])", "*", name)
+
+    def described(spec: TensorSpec) -> tuple[str, ...]:
+        size = f"{spec.dtype}{list(spec.shape)}"
+        return (kind(spec.name), size, " + ".join(map(kind, spec.sources)), spec.layout)
+
+    rows: list[tuple[str, ...]] = []
+    order = dict.fromkeys(map(described, plan.specs))
+    for row in order:
+        group = [spec for spec in plan.specs if described(spec) == row]
+        name, size, found, layout = row
+        rows.append(
+            (f"{len(group)} x {name}", size, f"{group[0].nbytes:,} bytes", f"{found}  {layout}")
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for row in rows:
+        name, size, nbytes, found = row
+        yield f"{name:<{widths[0]}}  {size:<{widths[1]}}  {nbytes:>{widths[2]}}  <- {found}"
+    reasons = [(kind(name), why) for name, why in plan.match.dropped.items()]
+    for name, why in dict.fromkeys(reasons):
+        yield f"{reasons.count((name, why))} x {name} left out: {why}"
 
 
 def _lines(**facts: str) -> str:
     return "\n".join(f"{name:<7} {text}" for name, text in facts.items())
 
 
-def _hashes(source: sources.Source) -> dict[str, dict[str, Any]]:
-    """Returns size and SHA-256 of every file that decides what the model is."""
+def _origin(plan: Plan) -> dict[str, Any]:
+    """Returns what the manifest says of the source: where it is from, its files' sizes and hashes, what was noted."""
     from core import checkpoint
 
-    return {
+    files = {
         path.name: {"nbytes": path.stat().st_size, "sha256": checkpoint.sha256(path)}
-        for path in source.files
+        for path in plan.source.files
     }
+    notes = {"notes": list(plan.source.notes)} if plan.source.notes else {}
+    return {**plan.origin, "format": plan.source.format, "files": files, **notes}

@@ -46,10 +46,28 @@ def fresh(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def fresh_file(path: Path) -> Iterator[Path]:
+    """Gives the name of a sibling of `path` to write a file at, which takes that name when the block ends well.
+
+    As `fresh`: on the disk before it is renamed, in the place of a file that was there; removed if the block raises.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial.{secrets.token_hex(4)}")
+    try:
+        yield partial
+        _sync_one(partial)
+        partial.replace(path)
+        _sync_one(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def check_replaceable(
     path: Path, *, overwrite: bool, is_own: Callable[[Path], bool], kind: str
 ) -> None:
-    """Checks that nothing is at `path`, or what may go: with `overwrite`, an empty folder or one that `is_own`.
+    """Checks that nothing is at `path`, or what may go: with `overwrite`, an empty folder or what `is_own`.
 
     Raises:
       CheckpointError: `path` exists, and must not be replaced; `kind` says what could have been.
@@ -58,7 +76,8 @@ def check_replaceable(
         return
     if not overwrite:
         raise CheckpointError(f"{path} exists; choose another folder or pass --overwrite")
-    if not path.is_dir() or (any(path.iterdir()) and not is_own(path)):
+    empty = path.is_dir() and not any(path.iterdir())
+    if not empty and not is_own(path):
         raise CheckpointError(f"{path} is not {kind} and is not overwritten; remove it yourself")
 
 

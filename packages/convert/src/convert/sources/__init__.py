@@ -4,15 +4,20 @@ A source knows names, shapes and bytes. It never knows what a tensor means: that
 """
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from convert.errors import ConvertError
-from core import checkpoint
+from core.tokenizer import TOKENIZER_FILES
+
+CONFIG = "config.json"
+COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
+"""What is copied beside the weights, where it is there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +37,9 @@ class SourceTensor:
 class Source:
     """A checkpoint that has been opened and checked, with nothing read but its headers.
 
-    `config` is its config.json as it stands, `files` are all that decide what the model is (config, index, weights),
-    `companions` the tokenizer and generation files beside them, by name.
+    `format` is a key of `READERS`. `config` says what the tensors are, in the words of whoever wrote it. `files` are
+    all that decide what the model is (config, index, weights), `companions` the tokenizer and generation files, by the
+    name they shall have: a file to copy, or its content. `notes` are for the user to hear.
     """
 
     path: Path
@@ -41,21 +47,50 @@ class Source:
     config: Mapping[str, Any]
     tensors: Mapping[str, SourceTensor]
     files: tuple[Path, ...]
-    companions: Mapping[str, Path]
+    companions: Mapping[str, Path | bytes]
+    notes: tuple[str, ...] = ()
+
+
+class Reader(Protocol):
+    """What a module of this package offers.
+
+    `recognizes` looks at what lies at a path, cheaply, and never raises; `open` raises ConvertError for whatever is
+    wrong there; `EXPECTED` says in a few words what it opens.
+    """
+
+    EXPECTED: str
+
+    def recognizes(self, path: Path) -> bool: ...
+
+    def open(self, path: Path) -> Source: ...
+
+
+READERS = {
+    "safetensors": "convert.sources.safetensors",
+}
+"""The module that reads each format, in the order in which they are tried."""
 
 
 def open_source(path: str | Path, *, format: str = "auto") -> Source:
-    """Opens the checkpoint at `path`, a folder or a weights file, by what it contains.
+    """Opens the checkpoint at `path`, a folder or a file, by what it contains, or as the format that is named.
 
     Raises:
       ConvertError: nothing there, nothing that is understood, or a file that is damaged.
     """
-    if format not in ("auto", "hf"):
-        raise ConvertError(f"format {format!r} is not one of auto, hf")
+    if format not in ("auto", *READERS):
+        raise ConvertError(f"format {format!r} is not one of auto, {', '.join(READERS)}")
+    path = Path(path)
     try:
-        return _open(Path(path))
+        if not path.exists():
+            raise ConvertError(f"{path}: no such file or folder")
+        formats = READERS if format == "auto" else [format]
+        for reader in map(_reader, formats):
+            if format != "auto" or reader.recognizes(path):
+                return reader.open(path)
     except OSError as error:
         raise ConvertError(f"{path}: {error}") from error
+    expected = "; ".join(_reader(format).EXPECTED for format in formats)
+    raise ConvertError(f"{path}: {_seen(path)}; expected one of: {expected}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -69,25 +104,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _open(path: Path) -> Source:
-    from convert.sources import safetensors
+def companions(folder: Path) -> dict[str, Path | bytes]:
+    """Returns the tokenizer and generation files that lie in `folder`."""
+    return {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
 
-    if not path.exists():
-        raise ConvertError(f"{path}: no such file or folder")
-    if checkpoint.is_model_folder(path if path.is_dir() else path.parent):
-        raise ConvertError(
-            f"{path}: already a model folder; use it as it is, or write another format with convert.export"
-        )
-    if safetensors.recognizes(path):
-        return safetensors.open_folder(path)
-    raise ConvertError(f"{path}: {_seen(path)}; expected {safetensors.EXPECTED}")
+
+def _reader(format: str) -> Reader:
+    return cast(Reader, importlib.import_module(READERS[format]))
 
 
 def _seen(path: Path) -> str:
     if path.is_file():
-        return f"a file of {path.stat().st_size} bytes that does not begin as safetensors does"
+        return f"a file of {path.stat().st_size:,} bytes that begins as none of the formats does"
     names = sorted(entry.name for entry in path.iterdir())
     if not names:
         return "an empty folder"
     listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    return f"no safetensors weights among {listed}"
+    return f"no weights that are understood among {listed}"

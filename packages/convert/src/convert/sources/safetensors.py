@@ -16,17 +16,11 @@ import ml_dtypes
 import numpy as np
 
 from convert.errors import ConvertError
-from convert.sources import Source, SourceTensor, read_json
-from core.tokenizer import TOKENIZER_FILES
+from convert.sources import CONFIG, Source, SourceTensor, companions, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
-COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
-EXPECTED = (
-    f"a folder with {CONFIG} and {SINGLE} (or its shards and {INDEX}), "
-    f"or one .safetensors file beside its {CONFIG}"
-)
+EXPECTED = f"{SINGLE} (or shards and {INDEX}) beside {CONFIG}"
 
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(bool),
@@ -57,7 +51,7 @@ def recognizes(path: Path) -> bool:
     return (path / INDEX).is_file() or (path / SINGLE).is_file()
 
 
-def open_folder(path: Path) -> Source:
+def open(path: Path) -> Source:
     """Opens a checkpoint folder, or a single weights file with its config.json beside it.
 
     The index decides where there is one. Nothing is globbed: repositories carry a second copy of their weights in
@@ -78,7 +72,7 @@ def open_folder(path: Path) -> Source:
         config=config,
         tensors=tensors,
         files=(folder / CONFIG, *files),
-        companions={name: folder / name for name in COMPANIONS if (folder / name).is_file()},
+        companions=companions(folder),
     )
 
 

@@ -1,25 +1,74 @@
-"""How other people name and lay out the tensors of the families we know: rows of data, one module a family."""
+"""Dialects: whose names and layouts a checkpoint speaks, and how its config is read."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from convert.errors import ConvertError
 from convert.mapping import Table
+from convert.sources import Source, SourceTensor
 from convert.tables import gpt2
-from core.config import ConfigError, GPT2Config
+from core import config as config_lib
+from core.config import Config, ConfigError
 
-HF: dict[str, Table] = {"gpt2": gpt2.HF}
-"""The Hugging Face table of every family."""
+Tensors = Mapping[str, SourceTensor]
 
 
-def read_config(path: Path, config: Mapping[str, Any]) -> GPT2Config:
-    """Returns what the Hugging Face config.json found at `path` describes.
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+    """`recognizes` looks at a config and at the tensors' names; `read_config` is given the tensors too, or none yet.
+
+    `read_config` raises ConfigError with everything that it does not understand.
+    """
+
+    name: str
+    recognizes: Callable[[Mapping[str, Any], Collection[str]], bool]
+    read_config: Callable[[Mapping[str, Any], Tensors], Config]
+    table: Callable[[Config], Table]
+
+
+_HF = {"gpt2": gpt2.HF}
+
+HF = Dialect(
+    "hf",
+    recognizes=lambda config, names: "model_type" in config,
+    read_config=lambda config, tensors: config_lib.from_hf(config),
+    table=lambda config: _HF[config.family],
+)
+
+DIALECTS: tuple[Dialect, ...] = (HF,)
+"""In the order in which they are tried: the config decides, and names where it leaves a choice."""
+
+
+def recognize(path: Path, config: Mapping[str, Any], names: Collection[str] = ()) -> Dialect:
+    """Returns the dialect of a checkpoint at `path`, by its config.
+
+    Raises:
+      ConvertError: the config is nobody's that we know.
+    """
+    for dialect in DIALECTS:
+        if dialect.recognizes(config, names):
+            return dialect
+    keys = ", ".join(sorted(config)[:8])
+    raise ConvertError(
+        f"{path}: the config (with {keys or 'no keys'}) does not say what the tensors are; expected 'model_type' "
+        "as Hugging Face writes it, or another format's own"
+    )
+
+
+def read_config(path: Path, config: Mapping[str, Any], tensors: Tensors | None = None) -> Config:
+    """Returns the model that the config of the checkpoint at `path` describes.
 
     Raises:
       ConvertError: another family, or keys that are not understood; all of them are named.
     """
     try:
-        return GPT2Config.from_hf(config)
+        return recognize(path, config, tensors or ()).read_config(config, tensors or {})
     except ConfigError as error:
         raise ConvertError(f"{path}: {error}") from error
+
+
+def table(source: Source, config: Config) -> Table:
+    """Returns how the dialect of `source` stores a model."""
+    return recognize(source.path, source.config, source.tensors).table(config)

@@ -7,7 +7,6 @@ the file stores as one. OpenAI's own repositories leave the "transformer." prefi
 from convert.mapping import Drop, Rule, Table, Tie
 
 HF = Table(
-    prefix="transformer.",
     rules=(
         Rule("transformer.wte.weight", "wte.embedding", "VD -> VD"),
         Rule("transformer.wpe.weight", "wpe.embedding", "PD -> PD"),
@@ -34,4 +33,6 @@ HF = Table(
         Drop("transformer.h.{L}.attn.masked_bias", why="mask value buffer, not a weight"),
     ),
     tie=Tie("lm_head.weight", to="transformer.wte.weight"),
+    may_lack=("transformer.",),
+    may_carry=("module.",),
 )
