@@ -53,7 +53,7 @@ def test_the_hub_s_gpt2_is_the_preset():
 def test_presets_have_the_published_number_of_parameters_and_heads_of_64(name, count):
     config = core.PRESETS[name]
     assert config.parameter_count == count
-    assert config.head_dim == 64
+    assert config.axes["H"] == 64
 
 
 def test_parameter_count_follows_the_variants():

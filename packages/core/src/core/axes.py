@@ -2,7 +2,8 @@
 
     B batch          T query time    S key time      D model         N query heads   K key/value heads
     G queries per key head           H head size     F hidden        E experts       V vocabulary
-    L layers         P positions
+    L layers         P positions     Q blocks of 32 along D           R blocks of 32 along F
+    Y the 16 bytes of an MXFP4 block
 
 Arrays end in their axes (`logits_BTV`), a parameter's shape is a word in them (`"D3NH"`; a digit is an axis of that
 length), and a checkpoint's layout is a rewriting of such words: `"D(3NH) -> D3NH"` says that the file stores the three
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-_LETTERS = frozenset("BTSDNKGHFEVLP")
+_LETTERS = frozenset("BTSDNKGHFEVLPQRY")
 
 
 def shape(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ import numpy as np
 
 from core import axes, folders
 from core import config as config_lib
-from core.config import GPT2Config as Config
+from core.config import Config
 from core.errors import CheckpointError as CheckpointError
 from core.errors import ConfigError
 from core.tokenizer import Tokenizer

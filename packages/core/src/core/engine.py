@@ -99,8 +99,9 @@ class Engine:
             raise ValueError(f"slots is {slots}; expected 1 or more")
         self.model, self.params, self.tokenizer, self.slots = model, params, tokenizer, slots
         config = model.config
-        eos = tokenizer.eos_id if tokenizer is not None else None
-        stops = {id_ for id_ in (config.eos_token_id, eos) if id_ is not None}
+        stops = set(config.eos_token_ids)
+        if tokenizer is not None and tokenizer.eos_id is not None:
+            stops.add(tokenizer.eos_id)
         self._statics = Statics(
             model=model,
             sampler=sampler,

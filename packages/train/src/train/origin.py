@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from core import checkpoint as model_folder
-from core.config import PRESETS, GPT2Config, from_dict
+from core.config import PRESETS, GPT2Config
 from core.errors import FlaxmillError
 from core.models import Model, Params, build
 from core.tokenizer import Tokenizer
@@ -82,7 +82,7 @@ def _from_checkpoint(
     iteration = checkpoints.latest()
     assert iteration is not None
     progress = checkpoints.progress(iteration)
-    saved = from_dict(progress.model)
+    saved = GPT2Config.from_dict(progress.model)
     path = checkpoints.path(iteration)
     _check_shape(config, saved, path)
     _check_vocabulary(Path(config.out_dir) / "model", saved, dataset)
@@ -100,14 +100,15 @@ def _from_checkpoint(
 def _from_folder(config: TrainConfig, dataset: Dataset) -> tuple[Model, Params]:
     path = _folder(config)
     folder = model_folder.open(path)
-    _check_shape(config, folder.config, path)
-    _check_vocabulary(path, folder.config, dataset)
-    if config.block_size > folder.config.n_positions:
+    found = build(folder.config).config
+    _check_shape(config, found, path)
+    _check_vocabulary(path, found, dataset)
+    if config.block_size > found.n_positions:
         raise TrainError(
-            f"{path}: has {folder.config.n_positions} positions; block_size={config.block_size} "
+            f"{path}: has {found.n_positions} positions; block_size={config.block_size} "
             f"is more, lower it"
         )
-    shape = dataclasses.replace(folder.config, n_positions=config.block_size)
+    shape = dataclasses.replace(found, n_positions=config.block_size)
     params = owned(folder.params(jnp.float32))
     params["wpe"]["embedding"] = params["wpe"]["embedding"][: config.block_size]
     return build(_with_dropout(shape, config.dropout)), params

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from core import checkpoint
-from core.config import GPT2Config
+from core.config import Config, GPT2Config
+from core.errors import ConfigError
 from core.kv_cache import KVCache
 from core.models.gpt2 import GPT2
 from core.tokenizer import Tokenizer
@@ -104,12 +105,22 @@ def load(path: str | Path, dtype: Any = None) -> tuple[Model, Params, Tokenizer 
 
     Raises:
       CheckpointError: `path` is no whole model folder.
+      ConfigError: its family can be converted but not run.
       TokenizerError: its tokenizer cannot be read.
     """
     folder = checkpoint.open(path)
     return build(folder.config), folder.params(dtype), Tokenizer.find(folder.path)
 
 
-def build(config: GPT2Config) -> Model:
-    """Returns the model that `config` describes."""
+def build(config: Config) -> Model:
+    """Returns the model that `config` describes.
+
+    Raises:
+      ConfigError: a family that can be converted but not run.
+    """
+    if not isinstance(config, GPT2Config):
+        raise ConfigError(
+            f"this version converts {config.family} and does not run it yet; "
+            f"{GPT2Config.family} is what it runs"
+        )
     return Model(config)
