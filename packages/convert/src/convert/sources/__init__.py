@@ -67,6 +67,8 @@ class Reader(Protocol):
 
 READERS = {
     "safetensors": "convert.sources.safetensors",
+    "tensorflow": "convert.sources.tf_bundle",
+    "llmc": "convert.sources.llmc",
 }
 """The module that reads each format, in the order in which they are tried."""
 

@@ -8,7 +8,7 @@ from typing import Any
 from convert.errors import ConvertError
 from convert.mapping import Table
 from convert.sources import Source, SourceTensor
-from convert.tables import gpt2
+from convert.tables import gpt2, llmc, openai_tf
 from core import config as config_lib
 from core.config import Config, ConfigError
 
@@ -37,7 +37,21 @@ HF = Dialect(
     table=lambda config: _HF[config.family],
 )
 
-DIALECTS: tuple[Dialect, ...] = (HF,)
+OPENAI_TF = Dialect(
+    "openai_tf",
+    recognizes=lambda config, names: openai_tf.recognizes(config),
+    read_config=lambda config, tensors: openai_tf.read_config(config),
+    table=lambda config: openai_tf.TABLE,
+)
+
+LLMC = Dialect(
+    "llmc",
+    recognizes=lambda config, names: llmc.recognizes(config),
+    read_config=lambda config, tensors: llmc.read_config(config),
+    table=lambda config: llmc.TABLE,
+)
+
+DIALECTS: tuple[Dialect, ...] = (HF, OPENAI_TF, LLMC)
 """In the order in which they are tried: the config decides, and names where it leaves a choice."""
 
 
