@@ -10,63 +10,37 @@ JAX array on the CPU without a copy. Writing streams one tensor at a time into a
 name only when it is whole (`core.folders`), so a folder either has a manifest that is true or does not exist.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import math
 import mmap
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from core import axes, folders
+from core import axes, folders, shards
 from core import config as config_lib
 from core.config import Config
 from core.errors import CheckpointError as CheckpointError
 from core.errors import ConfigError
+from core.journal import Journal
+from core.shards import ALIGNMENT as ALIGNMENT
+from core.shards import DTYPES, NUMPY_DTYPES
+from core.shards import Read as Read
+from core.shards import TensorSpec as TensorSpec
+from core.shards import parts as parts
+from core.shards import split as split
 from core.tokenizer import Tokenizer
 
 SHARD_BYTES = 4 * 10**9
-ALIGNMENT = 64  # jax.device_put shares pages from here on
 CONFIG = "config.json"
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-
-PART_BYTES = (
-    16 * 2**20
-)  # what a tensor is cut into on its way: large enough to cost no time, small enough to hold
-
-_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
-_NUMPY_DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "U8": np.dtype(np.uint8),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
-    """One tensor to be written: `dtype` by its numpy name ("uint8": quantised); its origin is for the manifest."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    sources: tuple[str, ...] = ()
-    layout: str = ""
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * _NUMPY_DTYPES[_SAFETENSORS_DTYPES[self.dtype]].itemsize
-
-
-Read = Callable[[TensorSpec], Iterable[np.ndarray]]
-"""Gives a tensor's consecutive parts, of its dtype: joined in C order they are the tensor (see `parts`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,51 +97,67 @@ def write(
     specs: Sequence[TensorSpec],
     read: Read,
     files: Mapping[str, Path | bytes] | None = None,
-    source: Mapping[str, Any] | None = None,
+    source: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
     overwrite: bool = False,
     on_bytes: Callable[[int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    threads: int = 1,
+    identity: Any = None,
+    resume: bool = False,
+    on_note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Writes a model folder and returns its manifest; the output is the same bytes for the same input.
+
+    What survives: without `identity`, nothing but the whole folder. With it, every finished tensor survives the end of
+    this process, whatever ends it, kill -9 too: its bytes and then its line in the journal have been handed to the
+    system. A power cut may lose what the system had not yet put on the disk, in any order, which is why a later run
+    hashes what it finds. Everything is on the disk before the folder takes its name, and the name before this returns.
 
     Args:
       path: where the folder will be; it appears when it is whole.
       config: what the tensors belong to; written as config.json, and hashed in the manifest like `files`.
       specs: every tensor of `config`, in any order.
-      read: gives a spec's parts; called once for each spec, and one part is in memory at a time.
+      read: gives a spec's parts; called once for each spec, and one part for each thread is in memory at a time.
       files: what to put beside, by name: contents, or a file to copy.
-      source: noted in the manifest: where the weights come from.
+      source: noted in the manifest: where the weights come from; a function is called when the tensors are written.
       overwrite: replaces a folder that is already there (by renaming, so readers see the old or the new).
       on_bytes: told how many bytes have just been written.
       shard_bytes: no shard is larger, unless one tensor is.
+      threads: how many tensors are read and written at a time.
+      identity: what the tensors are made of and how (JSON): two writes with all the same arguments and this one write
+        the same bytes. Makes the write resumable, see `core.folders.resumable`; None does not.
+      resume: takes over what a process that ended in such a write has left, and writes only what is not there.
+      on_note: told what the user should hear.
 
     Raises:
-      CheckpointError: `path` exists and is not to be replaced; the specs are not the configuration's; the disk is full.
+      CheckpointError: `path` exists and is not to be replaced; the specs are not the configuration's; the disk is
+        full; another process is in the same resumable write.
+      KeyboardInterrupt: in a resumable write with a message that tells how to go on.
     """
     path = Path(path)
     check_replaceable(path, overwrite=overwrite)
     _check_specs(path, config, specs)
-    folders.check_space(path, sum(spec.nbytes for spec in specs))
-    with folders.fresh(path) as partial:
-        entries, shards = {}, {}
-        plan = split(specs, shard_bytes)
-        for number, shard in enumerate(plan, start=1):
-            name = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-            # Sizes divisible by 64 first: then all of those start on 64 bytes, and opening copies none of them.
-            aligned_first = sorted(shard, key=lambda spec: spec.nbytes % ALIGNMENT != 0)
-            entries |= write_shard(partial / name, aligned_first, read, on_bytes)
-            shards[name] = (partial / name).stat().st_size
-        version = importlib.metadata.version("flaxmill-core")
+    plan = _lay_out(specs, shard_bytes)
+    contents = _contents({**(files or {}), CONFIG: _json(config.to_dict())})
+    with _place(path, plan, contents, identity, resume, on_note or (lambda note: None)) as (
+        folder,
+        journal,
+    ):
+        entries = shards.write(
+            folder, plan, read, on_bytes=on_bytes, threads=threads, journal=journal
+        )
+        for name, data in contents.items():
+            (folder / name).write_bytes(data)
         manifest = {
             "format_version": FORMAT_VERSION,
-            "tool": {"name": "flaxmill", "version": version},
-            "source": dict(source or {}),
+            "tool": _tool(),
+            "source": dict((source() if callable(source) else source) or {}),
             "parameters": config.parameter_count,
-            "shards": shards,
-            "files": _copy_files(partial, {**(files or {}), CONFIG: _json(config.to_dict())}),
+            "shards": {shard.name: shard.nbytes for shard in plan},
+            "files": {name: _file_entry(data) for name, data in contents.items()},
             "tensors": {spec.name: entries[spec.name] for spec in specs},
         }
-        (partial / MANIFEST).write_bytes(_json(manifest))
+        (folder / MANIFEST).write_bytes(_json(manifest))
     return manifest
 
 
@@ -235,36 +225,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def split(specs: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
-    """Returns `specs` in shards, in order, none above `shard_bytes` unless one tensor alone is."""
-    shards: list[list[TensorSpec]] = [[]]
-    room = shard_bytes
-    for spec in specs:
-        if shards[-1] and spec.nbytes > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(spec)
-        room -= spec.nbytes
-    return shards
-
-
-def parts(array: np.ndarray, part_bytes: int = PART_BYTES) -> Iterator[np.ndarray]:
-    """Gives `array` in consecutive parts of at most `part_bytes`: views where its memory is in C order, else copies.
-
-    >>> [part.tolist() for part in parts(np.arange(6, dtype=np.uint8).reshape(2, 3).T, part_bytes=4)]
-    [[[0, 3], [1, 4]], [[2, 5]]]
-    """
-    if array.nbytes <= part_bytes or array.ndim == 0:
-        yield np.ascontiguousarray(array).reshape(array.shape)
-    elif (row_bytes := array.nbytes // len(array)) > part_bytes and array.ndim > 1:
-        for row in array:
-            yield from parts(row, part_bytes)
-    else:
-        step = max(part_bytes // row_bytes, 1)
-        for start in range(0, len(array), step):
-            yield np.ascontiguousarray(array[start : start + step])
-
-
 def write_shard(
     path: Path,
     specs: Sequence[TensorSpec],
@@ -273,72 +233,11 @@ def write_shard(
     *,
     kind: str = "flax",
     alignment: int = ALIGNMENT,
+    threads: int = 1,
 ) -> dict[str, dict[str, Any]]:
-    """Writes one safetensors file, tensor by tensor in the order of `specs`, and returns its manifest entries.
-
-    Args:
-      path: the file.
-      specs: what is in it.
-      read: gives a spec's parts.
-      on_bytes: told how many bytes have just been written.
-      kind: the "format" of the file's metadata; older transformers read nothing but "pt".
-      alignment: what the place of the first tensor is a multiple of.
-
-    Raises:
-      CheckpointError: the parts are not what the spec says.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": kind}}
-    offset = 0
-    for spec in specs:
-        header[spec.name] = {
-            "dtype": _SAFETENSORS_DTYPES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.nbytes],
-        }
-        offset += spec.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % alignment)
-    entries = {}
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for spec in specs:
-            start, digest = file.tell(), hashlib.sha256()
-            for data in _checked(spec, read(spec)):
-                digest.update(data)
-                file.write(data)
-                if on_bytes is not None:
-                    on_bytes(len(data))
-            entries[spec.name] = {
-                "dtype": spec.dtype,
-                "shape": list(spec.shape),
-                "shard": path.name,
-                "offset": start,
-                "nbytes": spec.nbytes,
-                "sha256": digest.hexdigest(),
-                "sources": list(spec.sources),
-                "layout": spec.layout,
-            }
-        file.flush()
-        os.fsync(file.fileno())
-    return entries
-
-
-def _checked(spec: TensorSpec, parts: Iterable[np.ndarray]) -> Iterator[memoryview]:
-    """Gives the bytes of the parts that make up `spec`; CheckpointError if they are of another type or number."""
-    left = spec.nbytes
-    for part in parts:
-        left -= part.nbytes
-        if part.dtype.name != spec.dtype or left < 0:
-            break
-        yield np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
-    else:
-        if not left:
-            return
-        part = np.empty(0, spec.dtype)
-    raise CheckpointError(
-        f"{spec.name}: expected {spec.dtype}{list(spec.shape)}, {spec.nbytes} bytes, "
-        f"was given {part.dtype.name}, {spec.nbytes - left} bytes"
-    )
+    """Writes one safetensors file and returns its manifest entries; see `core.shards.lay_out` and `write`."""
+    shard = shards.lay_out(path.name, specs, kind=kind, alignment=alignment)
+    return shards.write(path.parent, [shard], read, on_bytes=on_bytes, threads=threads)
 
 
 def _map_shard(path: Path, expected_bytes: int) -> dict[str, np.ndarray]:
@@ -366,7 +265,7 @@ def _map_shard(path: Path, expected_bytes: int) -> dict[str, np.ndarray]:
 
 
 def _view(mapped: mmap.mmap, start: int, entry: Mapping[str, Any]) -> np.ndarray:
-    dtype, shape = _NUMPY_DTYPES[entry["dtype"]], entry["shape"]
+    dtype, shape = NUMPY_DTYPES[entry["dtype"]], entry["shape"]
     begin, end = entry["data_offsets"]
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{shape} of {dtype.name} do not fill {end - begin} bytes")
@@ -401,20 +300,94 @@ def _check_specs(path: Path, config: Config, specs: Sequence[TensorSpec]) -> Non
     names = [spec.name for spec in specs]
     if len(set(names)) != len(names):
         raise CheckpointError(f"{path}: a tensor is planned twice")
-    if unknown := [s.name for s in specs if s.dtype not in _SAFETENSORS_DTYPES]:
-        raise CheckpointError(
-            f"{path}: {_some(unknown)} would not be {', '.join(_SAFETENSORS_DTYPES)}"
-        )
+    if unknown := [s.name for s in specs if s.dtype not in DTYPES]:
+        raise CheckpointError(f"{path}: {_some(unknown)} would not be {', '.join(DTYPES)}")
     _check_names(path, config, {spec.name: spec for spec in specs})
 
 
-def _copy_files(folder: Path, files: Mapping[str, Path | bytes]) -> dict[str, dict[str, Any]]:
-    entries = {}
-    for name, content in sorted(files.items()):
-        data = content if isinstance(content, bytes) else content.read_bytes()
-        (folder / name).write_bytes(data)
-        entries[name] = {"nbytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    return entries
+def _contents(files: Mapping[str, Path | bytes]) -> dict[str, bytes]:
+    return {
+        name: content if isinstance(content, bytes) else content.read_bytes()
+        for name, content in sorted(files.items())
+    }
+
+
+def _file_entry(data: bytes) -> dict[str, Any]:
+    return {"nbytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _tool() -> dict[str, str]:
+    return {"name": "flaxmill", "version": importlib.metadata.version("flaxmill-core")}
+
+
+def _lay_out(specs: Sequence[TensorSpec], shard_bytes: int) -> list[shards.Shard]:
+    plan = shards.split(specs, shard_bytes)
+    return [
+        shards.lay_out(
+            f"model-{number:05d}-of-{len(plan):05d}.safetensors",
+            # Sizes divisible by 64 first: then all of those start on 64 bytes, and opening copies none of them.
+            sorted(shard, key=lambda spec: spec.nbytes % ALIGNMENT != 0),
+        )
+        for number, shard in enumerate(plan, start=1)
+    ]
+
+
+@contextlib.contextmanager
+def _place(
+    path: Path,
+    plan: Sequence[shards.Shard],
+    contents: Mapping[str, bytes],
+    identity: Any,
+    resume: bool,
+    on_note: Callable[[str], None],
+) -> Iterator[tuple[Path, Journal | None]]:
+    """Gives a folder to write to, after checking that there is room; and the journal of a resumable write."""
+    nbytes = sum(shard.nbytes for shard in plan)
+    if identity is None:
+        folders.check_space(path, nbytes)
+        with folders.fresh(path) as folder:
+            yield folder, None
+        return
+    work = _fingerprint(plan, contents, identity)
+    folders.check_space(path, nbytes - folders.allocated(folders.partial_of(path, work)))
+    with folders.resumable(path, work, resume=resume) as partial:
+        journal = Journal(partial.notes)
+        if resume:
+            on_note(_found(path, work, journal, plan, is_resumed=partial.is_resumed))
+        for stray in {file.name for file in partial.folder.iterdir()} - {s.name for s in plan}:
+            (partial.folder / stray).unlink()
+        yield partial.folder, journal
+
+
+def _fingerprint(plan: Sequence[shards.Shard], contents: Mapping[str, bytes], identity: Any) -> str:
+    """Returns a hash, short enough for a name, of all that decides what is written."""
+    decides = {
+        "format_version": FORMAT_VERSION,
+        "tool": _tool(),
+        "shards": [
+            (
+                shard.name,
+                [place.entry("") for place in shard.places],
+                hashlib.sha256(shard.header).hexdigest(),
+            )
+            for shard in plan
+        ],
+        "files": {name: _file_entry(data) for name, data in contents.items()},
+        "identity": identity,
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _found(
+    path: Path, work: str, journal: Journal, plan: Sequence[shards.Shard], *, is_resumed: bool
+) -> str:
+    """Returns what to tell whoever asked to resume."""
+    if is_resumed:
+        total = sum(len(shard.places) for shard in plan)
+        return f"resuming: {len(journal.entries())} of {total} tensors were written, and are checked first"
+    others = folders.others(path, work)
+    why = f" ({others[0].name} is of another source, plan or version)" if others else ""
+    return f"there is nothing to resume{why}; starting from the beginning"
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

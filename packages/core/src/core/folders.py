@@ -1,6 +1,7 @@
 """Folders that appear whole: whoever looks sees the old content or the new, never a part of either."""
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import shutil
@@ -27,23 +28,85 @@ def fresh(path: Path) -> Iterator[Path]:
       FileExistsError: another writer took the name meanwhile.
     """
     path = Path(os.path.realpath(path))
-    token = secrets.token_hex(4)
-    partial, old = (path.with_name(f"{path.name}.{kind}.{token}") for kind in ("partial", "old"))
+    partial = path.with_name(f"{path.name}.partial.{secrets.token_hex(4)}")
     replaces = path.exists()
     partial.mkdir(parents=True)
     try:
         yield partial
-        _sync(partial)
-        if replaces:
-            with contextlib.suppress(FileNotFoundError):  # another writer is between its renames
-                path.rename(old)
-        _rename(partial, path)
-        _sync_one(path.parent)
+        _take_name(partial, path, replaces=replaces)
     finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Partial:
+    """A folder to fill, and a file beside it to note in what is done (a descriptor, to read and to append to)."""
+
+    folder: Path
+    notes: int
+    is_resumed: bool
+
+
+@contextlib.contextmanager
+def resumable(path: Path, work: str, *, resume: bool) -> Iterator[Partial]:
+    """Gives, as `fresh` does, a folder to fill for `path`; what is in it outlives a kill and an interrupt.
+
+    `work` is a hash of all that decides what will be in the folder. It names the place, `path`.partial.WORK, which
+    holds the folder and the notes. A lock on the notes, which the system takes from a process that ends, tells a living
+    writer from a dead one: a living one is an error, what a dead one has left is taken over with `resume` and removed
+    without. Places of other work are never touched.
+
+    If the block raises KeyboardInterrupt or SystemExit, the place is kept; any other exception removes it, so that a
+    full disk is not left full.
+
+    Raises:
+      CheckpointError: another process is filling this place.
+      FileExistsError: another writer took the name meanwhile.
+      KeyboardInterrupt: with a message that tells how to go on.
+    """
+    path = Path(os.path.realpath(path))
+    place = partial_of(path, work)
+    replaces = path.exists()
+    notes = _locked(place / "journal.jsonl")
+    try:
+        folder = place / "folder"
+        is_resumed = resume and folder.is_dir() and os.fstat(notes).st_size > 0
+        if not is_resumed:
+            os.ftruncate(notes, 0)
+            _remove(folder)
+            folder.mkdir()
+        yield Partial(folder, notes, is_resumed)
+        _take_name(folder, path, replaces=replaces)
+        shutil.rmtree(place, ignore_errors=True)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; what is done is kept in {place}: the same command with --resume goes on from there"
+        ) from None
+    except Exception:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    finally:
+        os.close(notes)
+
+
+def partial_of(path: Path, work: str) -> Path:
+    """Returns where `resumable` keeps what is unfinished."""
+    path = Path(os.path.realpath(path))
+    return path.with_name(f"{path.name}.partial.{work}")
+
+
+def others(path: Path, work: str) -> list[Path]:
+    """Returns what other unfinished work for `path` lies beside it, of living and dead processes."""
+    mine, path = partial_of(path, work), Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        return []
+    start = f"{path.name}.partial."
+    return sorted(x for x in path.parent.iterdir() if x.name.startswith(start) and x != mine)
+
+
+def allocated(folder: Path) -> int:
+    """Returns how many bytes of the disk a folder's files take."""
+    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
 
 
 @contextlib.contextmanager
@@ -91,6 +154,53 @@ def check_space(path: Path, nbytes: int) -> None:
         )
 
 
+def _take_name(partial: Path, path: Path, *, replaces: bool) -> None:
+    """Puts `partial`, once it is on the disk, in the place of `path`."""
+    old = path.with_name(f"{path.name}.old.{secrets.token_hex(4)}")
+    _sync(partial)
+    try:
+        if replaces:
+            with contextlib.suppress(FileNotFoundError):  # another writer is between its renames
+                path.rename(old)
+        _rename(partial, path)
+        _sync_one(path.parent)
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _locked(path: Path) -> int:
+    """Returns a descriptor of the file `path`, new or not, that is locked until it is closed or this process ends.
+
+    Raises:
+      CheckpointError: another process holds the lock.
+    """
+    import fcntl  # not above: only POSIX has it, and only this needs it
+
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            continue  # its last owner has just removed the folder
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise CheckpointError(
+                f"{path.parent}: another process is writing just this there; wait until it ends, or end it"
+            ) from None
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
+
+
 def _rename(partial: Path, path: Path) -> None:
     try:
         partial.rename(path)
@@ -112,5 +222,7 @@ def _sync_one(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # which fsync does not say
     finally:
         os.close(descriptor)
