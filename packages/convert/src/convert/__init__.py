@@ -28,17 +28,21 @@ def convert(
     format: str = "auto",
     revision: str | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     quiet: bool | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> Path:
     """Writes the model folder `out` from a checkpoint and returns its path.
 
     A path that exists is read, as `format` or by its content; any other string names a model on the hub ("gpt2-xl",
     "owner/name"), which is looked for in `models/src` first and downloaded otherwise, at `revision` (a branch, tag or
-    commit). `dtype` is "keep", or what every weight is cast to: "float32", "bfloat16", "float16". `quiet=True` shows
-    no progress, `None` shows it where stderr is a terminal.
+    commit). `dtype` is "keep", or what every weight is cast to: "float32", "bfloat16", "float16". `resume` goes on with
+    the same conversion where an earlier one was interrupted or killed; `on_note` is told whether there was one.
+    `quiet=True` shows no progress, `None` shows it where stderr is a terminal.
 
     Raises:
       ConvertError: nothing was written at `out`.
+      KeyboardInterrupt: with a message that tells how to go on.
     """
     from convert import destination, importer
 
@@ -47,7 +51,9 @@ def convert(
         plan = importer.plan_source(source_or_model, dtype=dtype, format=format, revision=revision)
     else:
         plan = importer.plan_model(source_or_model, dtype=dtype, revision=revision, quiet=quiet)
-    return importer.write(plan, out, overwrite=overwrite, quiet=quiet)
+    return importer.write(
+        plan, out, overwrite=overwrite, resume=resume, quiet=quiet, on_note=on_note
+    )
 
 
 def export(

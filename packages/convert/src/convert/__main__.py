@@ -1,11 +1,12 @@
 """Converts a checkpoint to a model folder.
 
     python -m convert --model=gpt2-xl
-    python -m convert --source=PATH --out=DIR [--dtype=bfloat16]
+    python -m convert --source=PATH --out=DIR [--dtype=bfloat16] [--resume]
 
 A model known by name is read from models/src/NAME where that folder exists, and downloaded otherwise.
 """
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,10 +32,14 @@ _FORMAT = flags.DEFINE_enum(
 )
 _REVISION = flags.DEFINE_string("revision", None, "The branch, tag or commit to download.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replaces the model folder --out.")
+_RESUME = flags.DEFINE_bool(
+    "resume", False, "Goes on with this conversion where an earlier one was interrupted or killed."
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Prints the plan, downloads and writes no weights.")
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # what is done is kept, and said
     model, source = _MODEL.value, _SOURCE.value
     if source is not None and model is None:
         _convert_source(source)
@@ -77,9 +82,14 @@ def _convert_model(name: str) -> None:
 def _write(plan: "importer.Plan", out: Path) -> None:
     from convert import importer
 
-    for note in plan.source.notes:
-        sys.stderr.write(f"note: {note}\n")
-    print(importer.write(plan, out, overwrite=_OVERWRITE.value))
+    for text in plan.source.notes:
+        _note(text)
+    overwrite, resume = _OVERWRITE.value, _RESUME.value
+    print(importer.write(plan, out, overwrite=overwrite, resume=resume, on_note=_note))
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(f"note: {text}\n")
 
 
 if __name__ == "__main__":

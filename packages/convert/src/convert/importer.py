@@ -7,7 +7,8 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from convert import destination, mapping, progress, sources, tables
 from convert.errors import ConvertError
-from core import axes
+from core import axes, workers
 from core.checkpoint import TensorSpec
 from core.config import Config
 
@@ -122,14 +123,19 @@ def plan_source(
 def plan_model(
     name: str, *, dtype: str = "keep", revision: str | None = None, quiet: bool | None = None
 ) -> Plan:
-    """Returns the plan for a model known by name: from its folder in `models/src`, else from the hub.
+    """Returns the plan for a model known by name: from its folder in `models/src`, else from the hub or from OpenAI.
 
     The config is read before the weights are fetched, so a model that cannot be converted costs no download.
     """
-    from convert import hub
+    from convert import hub, openai
 
     if (local := hub.local_folder(name)) is not None:
         return plan_source(local, dtype=dtype, revision=revision)
+    if name in openai.MODELS:
+        openai.check_revision(name, revision)
+        folder = openai.fetch_companions(name, quiet=quiet)
+        openai.fetch_weights(name, quiet=quiet)
+        return plan_source(folder, dtype=dtype, origin=openai.origin(name))
     snapshot = hub.resolve(name, revision)
     folder = hub.fetch_companions(snapshot, quiet=quiet)
     tables.read_config(folder, sources.read_json(folder / "config.json"))
@@ -139,10 +145,12 @@ def plan_model(
 
 def describe_model(name: str, *, dtype: str = "keep", revision: str | None = None) -> str:
     """Returns what `plan_model` would do, without fetching weights."""
-    from convert import hub
+    from convert import hub, openai
 
     if (local := hub.local_folder(name)) is not None:
         return plan_source(local, dtype=dtype, revision=revision).describe()
+    if name in openai.MODELS:
+        return _describe_openai(name, dtype=dtype, revision=revision)
     snapshot = hub.resolve(name, revision)
     folder = hub.fetch_companions(snapshot, quiet=True)
     config = tables.read_config(folder, sources.read_json(folder / "config.json"))
@@ -156,28 +164,55 @@ def describe_model(name: str, *, dtype: str = "keep", revision: str | None = Non
 
 
 def write(
-    plan: Plan, out: str | Path, *, overwrite: bool = False, quiet: bool | None = None
+    plan: Plan,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    quiet: bool | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> Path:
     """Writes the model folder of `plan` at `out` and returns that path.
 
+    After a kill or an interrupt, the same plan with `resume` goes on where that ended, to the same bytes; see
+    `core.checkpoint.write`. `on_note` is told whether there was something to go on with.
+
     Raises:
-      ConvertError: a value does not survive the cast, or the disk refuses; nothing is left at `out`.
+      ConvertError: a value does not survive the cast, the source changes meanwhile, or the disk refuses; nothing is
+        left at `out`.
+      KeyboardInterrupt: with a message that tells how to go on.
     """
     from core import checkpoint
 
     out = Path(out)
     destination.check_apart(out, plan.source.path)
+    files = plan.source.files
+    identity = {"origin": _origin(plan, {}), "files": _identity(files)}
+
+    def origin() -> dict[str, Any]:
+        digests = hashes()
+        if _identity(files) != identity["files"]:
+            raise ConvertError(f"{plan.source.path} changed while it was read; convert it again")
+        return _origin(plan, digests)
+
     try:
-        with progress.bar("converting", plan.nbytes, quiet) as advance:
+        with (
+            workers.beside(functools.partial(_hashes, files)) as hashes,
+            progress.bar("converting", plan.nbytes, quiet) as advance,
+        ):
             checkpoint.write(
                 out,
                 config=plan.config,
                 specs=plan.specs,
                 read=plan.parts,
                 files=plan.source.companions,
-                source=_origin(plan),
+                source=origin,
                 overwrite=overwrite,
                 on_bytes=advance,
+                threads=workers.COUNT,
+                identity=identity,
+                resume=resume,
+                on_note=on_note,
             )
     except (checkpoint.CheckpointError, OSError) as error:
         raise ConvertError(str(error)) from error
@@ -249,13 +284,25 @@ def _lines(**facts: str) -> str:
     return "\n".join(f"{name:<7} {text}" for name, text in facts.items())
 
 
-def _origin(plan: Plan) -> dict[str, Any]:
-    """Returns what the manifest says of the source: where it is from, its files' sizes and hashes, what was noted."""
+def _identity(files: Sequence[Path]) -> list[list[Any]]:
+    """Returns what tells, without reading them, that files are those that were there before."""
+    stats = [(path, path.stat()) for path in files]
+    return [
+        [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino] for path, stat in stats
+    ]
+
+
+def _hashes(files: Sequence[Path], stop: threading.Event) -> dict[str, dict[str, Any]]:
+    """Returns size and SHA-256 of every file."""
     from core import checkpoint
 
-    files = {
-        path.name: {"nbytes": path.stat().st_size, "sha256": checkpoint.sha256(path)}
-        for path in plan.source.files
+    return {
+        path.name: {"nbytes": path.stat().st_size, "sha256": checkpoint.sha256(path, stop)}
+        for path in files
     }
+
+
+def _origin(plan: Plan, files: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the manifest says of the source: where it is from, its files' sizes and hashes, what was noted."""
     notes = {"notes": list(plan.source.notes)} if plan.source.notes else {}
-    return {**plan.origin, "format": plan.source.format, "files": files, **notes}
+    return {**plan.origin, "format": plan.source.format, "files": dict(files), **notes}

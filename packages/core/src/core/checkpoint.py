@@ -17,13 +17,14 @@ import importlib.metadata
 import json
 import math
 import mmap
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from core import axes, folders, shards
+from core import axes, folders, shards, workers
 from core import config as config_lib
 from core.config import Config
 from core.errors import CheckpointError as CheckpointError
@@ -219,10 +220,15 @@ def check_replaceable(path: Path, *, overwrite: bool) -> None:
     )
 
 
-def sha256(path: Path) -> str:
-    """Returns a file's SHA-256, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(path: Path, stop: threading.Event | None = None) -> str:
+    """Returns a file's SHA-256, in hex; ends with `core.workers.Stopped` soon after `stop` is set."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(2**20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            if stop is not None and stop.is_set():
+                raise workers.Stopped
+    return digest.hexdigest()
 
 
 def write_shard(
@@ -351,9 +357,9 @@ def _place(
     work = _fingerprint(plan, contents, identity)
     folders.check_space(path, nbytes - folders.allocated(folders.partial_of(path, work)))
     with folders.resumable(path, work, resume=resume) as partial:
-        journal = Journal(partial.notes)
+        journal = Journal(partial.notes) if partial.notes is not None else None
         if resume:
-            on_note(_found(path, work, journal, plan, is_resumed=partial.is_resumed))
+            on_note(_found(path, work, plan, journal if partial.is_resumed else None))
         for stray in {file.name for file in partial.folder.iterdir()} - {s.name for s in plan}:
             (partial.folder / stray).unlink()
         yield partial.folder, journal
@@ -378,11 +384,9 @@ def _fingerprint(plan: Sequence[shards.Shard], contents: Mapping[str, bytes], id
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _found(
-    path: Path, work: str, journal: Journal, plan: Sequence[shards.Shard], *, is_resumed: bool
-) -> str:
-    """Returns what to tell whoever asked to resume."""
-    if is_resumed:
+def _found(path: Path, work: str, plan: Sequence[shards.Shard], journal: Journal | None) -> str:
+    """Returns what to tell whoever asked to resume; `journal` is that of an earlier write."""
+    if journal is not None:
         total = sum(len(shard.places) for shard in plan)
         return f"resuming: {len(journal.entries())} of {total} tensors were written, and are checked first"
     others = folders.others(path, work)

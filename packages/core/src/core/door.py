@@ -71,8 +71,8 @@ def run(
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (FlaxmillError, OSError) as error:  # OSError: no permission, a full disk
             _fail(str(error), 1)
-        except KeyboardInterrupt:
-            _fail("interrupted", 130)
+        except KeyboardInterrupt as error:  # its message, if it has one, tells how to go on
+            _fail(str(error) or "interrupted", 128 + (interrupts or [signal.SIGINT])[-1])
         except Exception:
             if interrupts:  # an import that is interrupted fails in ways of its own
                 _fail("interrupted", 130)

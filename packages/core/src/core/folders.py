@@ -40,10 +40,10 @@ def fresh(path: Path) -> Iterator[Path]:
 
 @dataclasses.dataclass(frozen=True)
 class Partial:
-    """A folder to fill, and a file beside it to note in what is done (a descriptor, to read and to append to)."""
+    """A folder to fill, and a file to note in what is done: a descriptor to read and to append to, or None."""
 
     folder: Path
-    notes: int
+    notes: int | None
     is_resumed: bool
 
 
@@ -57,7 +57,7 @@ def resumable(path: Path, work: str, *, resume: bool) -> Iterator[Partial]:
     without. Places of other work are never touched.
 
     If the block raises KeyboardInterrupt or SystemExit, the place is kept; any other exception removes it, so that a
-    full disk is not left full.
+    full disk is not left full. On a file system without locks this is `fresh`: there are no notes.
 
     Raises:
       CheckpointError: another process is filling this place.
@@ -68,6 +68,10 @@ def resumable(path: Path, work: str, *, resume: bool) -> Iterator[Partial]:
     place = partial_of(path, work)
     replaces = path.exists()
     notes = _locked(place / "journal.jsonl")
+    if notes is None:
+        with fresh(path) as folder:
+            yield Partial(folder, None, is_resumed=False)
+        return
     try:
         folder = place / "folder"
         is_resumed = resume and folder.is_dir() and os.fstat(notes).st_size > 0
@@ -79,6 +83,9 @@ def resumable(path: Path, work: str, *, resume: bool) -> Iterator[Partial]:
         _take_name(folder, path, replaces=replaces)
         shutil.rmtree(place, ignore_errors=True)
     except KeyboardInterrupt:
+        if not (place / "folder").is_dir():  # it has its name
+            shutil.rmtree(place, ignore_errors=True)
+            raise
         raise KeyboardInterrupt(
             f"interrupted; what is done is kept in {place}: the same command with --resume goes on from there"
         ) from None
@@ -170,8 +177,10 @@ def _take_name(partial: Path, path: Path, *, replaces: bool) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _locked(path: Path) -> int:
+def _locked(path: Path) -> int | None:
     """Returns a descriptor of the file `path`, new or not, that is locked until it is closed or this process ends.
+
+    None, and no file, where the file system has no locks.
 
     Raises:
       CheckpointError: another process holds the lock.
@@ -193,6 +202,10 @@ def _locked(path: Path) -> int:
             raise CheckpointError(
                 f"{path.parent}: another process is writing just this there; wait until it ends, or end it"
             ) from None
+        except OSError:
+            os.close(descriptor)
+            shutil.rmtree(path.parent, ignore_errors=True)
+            return None
         os.close(descriptor)
 
 
