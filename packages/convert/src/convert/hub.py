@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from convert import sources
+from convert import download, sources
 from convert.errors import ConvertError
 from convert.sources import safetensors
 
@@ -25,8 +25,6 @@ KNOWN = {
     "distilgpt2": "distilbert/distilgpt2",
 }
 """Short names, and the repositories they stand for; any other model is "owner/name"."""
-
-_TIMEOUT_S = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +51,13 @@ def local_folder(name: str) -> Path | None:
     """Returns models/src/NAME, whose files are used instead of the hub's, where it holds any."""
     if looks_like_path(name):
         return None
-    folder = _local_folder(name)
+    folder = source_folder(name)
     return folder if folder.is_dir() and any(folder.iterdir()) else None
+
+
+def source_folder(name: str) -> Path:
+    """Returns where a model's files are put by hand."""
+    return Path("models/src") / name
 
 
 def default_out(name: str) -> Path:
@@ -80,15 +83,15 @@ def resolve(name: str, revision: str | None = None) -> Snapshot:
     try:
         with _explained(repo, revision):
             info = HfApi().model_info(
-                repo, revision=revision, timeout=_TIMEOUT_S, files_metadata=True
+                repo, revision=revision, timeout=download.TIMEOUT_S, files_metadata=True
             )
-    except Unreachable as error:
+    except download.Unreachable as error:
         if cached := _cached(repo, revision):
             return cached
         raise ConvertError(
             f"{error}, and the cache has no whole copy of {repo}. Put {sources.CONFIG}, "
             f"{safetensors.SINGLE} (or its shards and {safetensors.INDEX}) and tokenizer.json "
-            f"(or vocab.json and merges.txt) into {_local_folder(name)} and run this again"
+            f"(or vocab.json and merges.txt) into {source_folder(name)} and run this again"
         ) from error
     if info.sha is None:
         raise ConvertError(
@@ -106,7 +109,7 @@ def fetch_companions(snapshot: Snapshot, *, quiet: bool | None = None) -> Path:
     names = [name for name in wanted if name in snapshot.sizes]
     if sources.CONFIG not in names:
         raise ConvertError(f"{snapshot.repo} has no {sources.CONFIG} at {snapshot.revision}")
-    with _explained(snapshot.repo, snapshot.revision), _muted(quiet):
+    with _explained(snapshot.repo, snapshot.revision), download.muted(quiet):
         paths = [
             Path(hf_hub_download(snapshot.repo, name, revision=snapshot.revision)) for name in names
         ]
@@ -120,13 +123,9 @@ def fetch_weights(snapshot: Snapshot, *, quiet: bool | None = None) -> None:
       ConvertError: there are none, the connection stays broken, or what arrived is not what the hub has.
     """
     names = weight_names(snapshot)
-    with _explained(snapshot.repo, snapshot.revision), _muted(quiet):
+    with _explained(snapshot.repo, snapshot.revision), download.muted(quiet):
         for name in names:
             _fetch_large(snapshot, name)
-
-
-class Unreachable(ConvertError):
-    """The hub does not answer: no network, a closed one, or a hub that is down."""
 
 
 def weight_names(snapshot: Snapshot) -> list[str]:
@@ -146,10 +145,6 @@ def weight_names(snapshot: Snapshot) -> list[str]:
     )
 
 
-def _local_folder(name: str) -> Path:
-    return Path("models/src") / name
-
-
 def _fetch_large(snapshot: Snapshot, name: str) -> None:
     """Puts a file's content into the cache as the library would, then lets the library link it into the snapshot."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
@@ -158,7 +153,7 @@ def _fetch_large(snapshot: Snapshot, name: str) -> None:
     if _in_cache(snapshot.repo, name, snapshot.revision):
         return
     url = hf_hub_url(snapshot.repo, name, revision=snapshot.revision)
-    metadata = get_hf_file_metadata(url, timeout=_TIMEOUT_S)
+    metadata = get_hf_file_metadata(url, timeout=download.TIMEOUT_S)
     etag = metadata.etag or ""
     if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag) or metadata.size is None:
         raise ConvertError(
@@ -173,35 +168,11 @@ def _fetch_large(snapshot: Snapshot, name: str) -> None:
 
 
 def _transfer(url: str, name: str, blob: Path, size: int) -> None:
-    """Downloads to `blob`, from where `blob`.incomplete ends, for as long as every attempt brings some bytes."""
-    from huggingface_hub.file_download import http_get
+    """Downloads to `blob`.incomplete, checks the hash, and gives it its name."""
     from huggingface_hub.utils import build_hf_headers
 
     partial = blob.with_name(blob.name + ".incomplete")
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-    while True:
-        start = partial.stat().st_size if partial.exists() else 0
-        if start > size:
-            partial.unlink()
-            start = 0
-        try:
-            with partial.open("ab", buffering=0) as file:
-                http_get(
-                    url,
-                    file,
-                    resume_size=start,
-                    headers=headers,
-                    expected_size=size,
-                    displayed_filename=name,
-                )
-            break
-        except _http_error() as error:
-            kept = partial.stat().st_size
-            if kept <= start:
-                raise Unreachable(
-                    f"{name}: the connection broke ({_reason(error)}); {kept:,} of {size:,} bytes are kept, "
-                    "run this again to resume"
-                ) from error
+    download.fetch(url, partial, size, name=name, headers=build_hf_headers())
     _check_hash(partial, blob.name)
     partial.rename(blob)
 
@@ -284,43 +255,15 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
         ) from error
     except errors.HfHubHTTPError as error:
         if error.response.status_code >= 500:
-            raise Unreachable(f"{where} is down ({error.response.status_code})") from error
-        raise ConvertError(f"{where} refuses {repo}: {_reason(error)}") from error
-    except (_http_error(), errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
-        raise Unreachable(f"no network: {where} cannot be reached ({_reason(error)})") from error
+            raise download.Unreachable(f"{where} is down ({error.response.status_code})") from error
+        raise ConvertError(f"{where} refuses {repo}: {download.reason(error)}") from error
+    except (
+        download.http_error(),
+        errors.OfflineModeIsEnabled,
+        errors.LocalEntryNotFoundError,
+    ) as error:
+        raise download.Unreachable(
+            f"no network: {where} cannot be reached ({download.reason(error)})"
+        ) from error
     except (ValueError, OSError) as error:
-        raise ConvertError(f"{repo} from {where}: {_reason(error)}") from error
-
-
-def _http_error() -> type[Exception]:
-    """Returns the base of all transport errors of the HTTP library that this `huggingface_hub` uses."""
-    from huggingface_hub import errors
-
-    return errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _muted(quiet: bool | None) -> Iterator[None]:
-    """Silences the library's warnings (our errors say what matters) and, if `quiet`, its progress bars."""
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-        logging,
-    )
-
-    verbosity, shown = logging.get_verbosity(), not are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    if quiet and shown:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if quiet and shown:
-            enable_progress_bars()
+        raise ConvertError(f"{repo} from {where}: {download.reason(error)}") from error

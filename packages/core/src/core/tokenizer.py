@@ -102,7 +102,12 @@ class Tokenizer:
         >>> Tokenizer.characters("hello").encode("hell")
         [1, 0, 2, 2]
         """
-        vocabulary = {character: i for i, character in enumerate(sorted(set(text)))}
+        return cls.of_characters(sorted(set(text)))
+
+    @classmethod
+    def of_characters(cls, characters: Sequence[str]) -> "Tokenizer":
+        """Returns a tokenizer whose token i is the single character `characters[i]`; none may be there twice."""
+        vocabulary = {character: i for i, character in enumerate(characters)}
         backend = tokenizers.Tokenizer(models.WordLevel(vocabulary))
         backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
         backend.decoder = decoders.Fuse()

@@ -67,6 +67,8 @@ class Reader(Protocol):
 
 READERS = {
     "safetensors": "convert.sources.safetensors",
+    "nanogpt": "convert.sources.nanogpt",
+    "torch": "convert.sources.torch_zip",
     "tensorflow": "convert.sources.tf_bundle",
     "llmc": "convert.sources.llmc",
 }

@@ -8,7 +8,7 @@ touched.
 import json
 import math
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def open(path: Path) -> Source:
     if path.is_file():
         tensors, files = read_file(path), [path]
     elif (folder / INDEX).is_file():
-        tensors, shards = _read_shards(folder)
+        tensors, shards = read_shards(folder / INDEX, read_file)
         files = [folder / INDEX, *shards]
     else:
         tensors, files = read_file(folder / SINGLE), [folder / SINGLE]
@@ -123,23 +123,25 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG)
 
 
-def _read_shards(folder: Path) -> tuple[dict[str, SourceTensor], list[Path]]:
-    """Returns what the index names, after checking that index and shards say the same."""
-    where = shard_names(folder / INDEX)
+def read_shards(
+    index: Path, read: Callable[[Path], dict[str, SourceTensor]]
+) -> tuple[dict[str, SourceTensor], list[Path]]:
+    """Returns what the index names, and the shards, each opened by `read`; index and shards must say the same."""
+    folder, where = index.parent, shard_names(index)
     shards = sorted(set(where.values()))
     absent = [f"{shard} is missing" for shard in shards if not (folder / shard).is_file()]
     if absent:
-        raise ConvertError(f"{folder}: {INDEX} names {len(shards)} shards", absent)
+        raise ConvertError(f"{folder}: {index.name} names {len(shards)} shards", absent)
     tensors: dict[str, SourceTensor] = {}
     problems = []
     for shard in shards:
-        found = read_file(folder / shard)
+        found = read(folder / shard)
         listed = {name for name, file in where.items() if file == shard}
         problems += [f"{shard} lacks {name}" for name in sorted(listed - found.keys())]
         problems += [f"{shard} holds {name} unlisted" for name in sorted(found.keys() - listed)]
         tensors |= found
     if problems:
-        raise ConvertError(f"{folder}: {INDEX} and the shards differ", problems)
+        raise ConvertError(f"{folder}: {index.name} and the shards differ", problems)
     return tensors, [folder / shard for shard in shards]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from convert.errors import ConvertError
 from convert.mapping import Table
 from convert.sources import Source, SourceTensor
-from convert.tables import gpt2, llmc, openai_tf
+from convert.tables import gpt2, llmc, nanogpt, openai_tf
 from core import config as config_lib
 from core.config import Config, ConfigError
 
@@ -51,7 +51,14 @@ LLMC = Dialect(
     table=lambda config: llmc.TABLE,
 )
 
-DIALECTS: tuple[Dialect, ...] = (HF, OPENAI_TF, LLMC)
+NANOGPT = Dialect(
+    "nanogpt",
+    recognizes=nanogpt.recognizes,
+    read_config=nanogpt.read_config,
+    table=lambda config: nanogpt.TABLE,
+)
+
+DIALECTS: tuple[Dialect, ...] = (HF, NANOGPT, OPENAI_TF, LLMC)
 """In the order in which they are tried: the config decides, and names where it leaves a choice."""
 
 
