@@ -15,7 +15,7 @@ from pathlib import Path
 
 from convert import download, sources
 from convert.errors import ConvertError
-from convert.sources import safetensors
+from convert.sources import safetensors, torch_zip
 
 KNOWN = {
     "gpt2": "openai-community/gpt2",
@@ -78,7 +78,8 @@ def resolve(name: str, revision: str | None = None) -> Snapshot:
     repo = KNOWN.get(name, name)
     if looks_like_path(repo) or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise ConvertError(
-            f"{name!r} is neither a path here nor a model: expected {', '.join(KNOWN)} or OWNER/NAME"
+            f"{name!r} is neither a path here nor a model: expected {', '.join(KNOWN)}, "
+            f"OpenAI's {', '.join(OPENAI)}, or OWNER/NAME"
         )
     try:
         with _explained(repo, revision):
@@ -105,7 +106,7 @@ def fetch_companions(snapshot: Snapshot, *, quiet: bool | None = None) -> Path:
     """Downloads config, index and tokenizer files where they are not cached; returns the snapshot's folder."""
     from huggingface_hub import hf_hub_download
 
-    wanted = (sources.CONFIG, safetensors.INDEX, *sources.COMPANIONS)
+    wanted = (sources.CONFIG, _weights(snapshot)[1], *sources.COMPANIONS)
     names = [name for name in wanted if name in snapshot.sizes]
     if sources.CONFIG not in names:
         raise ConvertError(f"{snapshot.repo} has no {sources.CONFIG} at {snapshot.revision}")
@@ -117,7 +118,7 @@ def fetch_companions(snapshot: Snapshot, *, quiet: bool | None = None) -> Path:
 
 
 def fetch_weights(snapshot: Snapshot, *, quiet: bool | None = None) -> None:
-    """Downloads the safetensors files where they are not cached, resuming what an earlier attempt has left.
+    """Downloads the weights where they are not cached, resuming what an earlier attempt has left.
 
     Raises:
       ConvertError: there are none, the connection stays broken, or what arrived is not what the hub has.
@@ -129,20 +130,25 @@ def fetch_weights(snapshot: Snapshot, *, quiet: bool | None = None) -> None:
 
 
 def weight_names(snapshot: Snapshot) -> list[str]:
-    """Returns the safetensors files of a snapshot whose companions are there; the index decides, if there is one."""
-    if safetensors.INDEX in snapshot.sizes:
-        index = _in_cache(snapshot.repo, safetensors.INDEX, snapshot.revision)
-        assert index is not None, "the index is a companion and companions come first"
-        return sorted(set(safetensors.shard_names(index).values()))
-    if safetensors.SINGLE in snapshot.sizes:
-        return [safetensors.SINGLE]
-    held = sorted(
-        n for n in snapshot.sizes if n.endswith((".bin", ".h5", ".msgpack", ".safetensors"))
-    )
+    """Returns the weights of a snapshot whose companions are there; the index decides, if there is one."""
+    single, index = _weights(snapshot)
+    if index in snapshot.sizes:
+        path = _in_cache(snapshot.repo, index, snapshot.revision)
+        assert path is not None, "the index is a companion and companions come first"
+        return sorted(set(safetensors.shard_names(path).values()))
+    if single in snapshot.sizes:
+        return [single]
+    held = sorted(n for n in snapshot.sizes if n.endswith((".h5", ".msgpack", ".safetensors")))
     raise ConvertError(
-        f"{snapshot.repo} has no {safetensors.SINGLE} nor {safetensors.INDEX} at {snapshot.revision}; "
-        f"found {', '.join(held) or 'no weights'}"
+        f"{snapshot.repo} has no {safetensors.SINGLE} nor {torch_zip.SINGLE}, and no index of either, at "
+        f"{snapshot.revision}; found {', '.join(held) or 'no weights'}"
     )
+
+
+def _weights(snapshot: Snapshot) -> tuple[str, str]:
+    """Returns the names of the weights and of their index: PyTorch's where a repository has no safetensors."""
+    kinds = [(kind.SINGLE, kind.INDEX) for kind in (safetensors, torch_zip)]
+    return next((kind for kind in kinds if any(name in snapshot.sizes for name in kind)), kinds[0])
 
 
 def _fetch_large(snapshot: Snapshot, name: str) -> None:
