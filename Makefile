@@ -42,7 +42,7 @@ test: .venv/.synced ## The fast tests, without torch (under five minutes on two 
 test-slow: .venv/.synced ## The tests that take more than 20 seconds each.
 	$(RUN) $(PYTEST) -m "slow and not parity and not gpu" $(ARGS)
 
-parity: .venv-peers/.synced ## The comparisons with torch and transformers (builds .venv-peers, 5 GB).
+parity: .venv-peers/.synced .venv-peers/.llama ## The comparisons with torch, transformers and llama.cpp (builds .venv-peers, 5 GB).
 	.venv-peers/bin/python -m $(PYTEST) -m parity $(ARGS)
 
 check: .venv/.synced ## Formatting, lint, types and the floors between the modules.
@@ -73,10 +73,11 @@ bench: .venv/.synced .venv-peers/.synced ## Measures ours beside PyTorch; SUITE=
 env: .venv/.synced ## Prints versions, devices and pins, for a bug report.
 	@$(RUN) bench.env
 
-pins: $(UV) ## Resolves the requirements anew (uv.lock) and writes the two pinned files.
+pins: $(UV) ## Resolves the requirements anew (uv.lock) and writes the pinned files.
 	$(UV) lock --upgrade
 	$(UV) export -q --no-header --all-packages --no-emit-workspace --format requirements.txt -o requirements.txt
 	$(UV) export -q --no-header --all-packages --group peers --no-emit-workspace --format requirements.txt -o requirements-peers.txt
+	$(UV) export -q --no-header --only-group llama --no-emit-workspace --format requirements.txt -o requirements-llama.txt
 
 clean: ## Removes the environments and caches; models, data and outputs stay.
 	rm -rf .venv .venv-peers .bootstrap .cache .pytest_cache .ruff_cache .hypothesis
@@ -91,6 +92,15 @@ clean: ## Removes the environments and caches; models, data and outputs stay.
 	$(UV) pip sync -q --python $(@D) --require-hashes $(PINS)
 	$(UV) pip install -q --python $(@D) --no-deps $(PACKAGES:%=-e packages/%)
 	@touch $@
+
+# There are no wheels of llama.cpp: it is compiled, once, in three to five minutes on two cores, and kept in uv's cache.
+# Not for this very machine (GGML_NATIVE), whose cache may be carried to another one, where AVX-512 is an illegal
+# instruction; AVX2 is what every x86 server has. Without a compiler its tests are skipped and the rest goes on.
+.venv-peers/.llama: requirements-llama.txt .venv-peers/.synced
+	@echo 'building llama.cpp, if it is not in the cache: some minutes'
+	@CMAKE_ARGS='-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF' \
+		$(UV) pip install -q --python $(@D) --require-hashes -r $< && touch $@ \
+		|| echo 'note: llama.cpp could not be built (it takes a C++ compiler); the comparisons with it are skipped'
 
 .bootstrap/bin/uv:
 	@test -n "$(PYTHON)" || { echo 'error: no Python >= 3.11 found; install one or pass PYTHON=path' >&2; exit 1; }

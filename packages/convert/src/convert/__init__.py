@@ -68,7 +68,8 @@ def export(
 ) -> Path:
     """Writes the model folder `model` in somebody else's format at `out` and returns that path.
 
-    `to="hf"` is the folder that transformers' `from_pretrained` opens, in shards of at most `shard_bytes`. `on_note`
+    `to="hf"` is the folder that transformers' `from_pretrained` opens, in shards of at most `shard_bytes`;
+    `to="gguf"` is a file for llama.cpp, its matrices of `type` "keep", "f32", "f16", "bf16" or "q8_0". `on_note`
     is told, one line each, what the format could hold only in another way.
 
     Raises:
