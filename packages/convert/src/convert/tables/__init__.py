@@ -8,7 +8,7 @@ from typing import Any
 from convert.errors import ConvertError
 from convert.mapping import Table
 from convert.sources import Source, SourceTensor
-from convert.tables import gpt2, llmc, nanogpt, openai_tf
+from convert.tables import gpt2, gpt_oss, llmc, nanogpt, openai_tf
 from core import config as config_lib
 from core.config import Config, ConfigError
 
@@ -19,22 +19,43 @@ Tensors = Mapping[str, SourceTensor]
 class Dialect:
     """`recognizes` looks at a config and at the tensors' names; `read_config` is given the tensors too, or none yet.
 
-    `read_config` raises ConfigError with everything that it does not understand.
+    `read_config` raises ConfigError with everything that it does not understand; `notes` are what the user must hear of
+    a checkpoint that is odd but can be read.
     """
 
     name: str
     recognizes: Callable[[Mapping[str, Any], Collection[str]], bool]
     read_config: Callable[[Mapping[str, Any], Tensors], Config]
     table: Callable[[Config], Table]
+    notes: Callable[[Mapping[str, Any], Tensors], tuple[str, ...]] = lambda config, tensors: ()
 
 
-_HF = {"gpt2": gpt2.HF}
+_HF: dict[str, Callable[[Config], Table]] = {
+    "gpt2": lambda config: gpt2.HF,
+    "gpt_oss": gpt_oss.hf_table,
+}
 
 HF = Dialect(
     "hf",
     recognizes=lambda config, names: "model_type" in config,
-    read_config=lambda config, tensors: config_lib.from_hf(config),
-    table=lambda config: _HF[config.family],
+    read_config=lambda config, tensors: gpt_oss.as_stored(config_lib.from_hf(config), tensors),
+    table=lambda config: _HF[config.family](config),
+    notes=gpt_oss.notes,
+)
+
+HF_RESAVED = Dialect(
+    "hf_resaved",
+    recognizes=gpt_oss.is_resaved,
+    read_config=gpt_oss.read_resaved_config,
+    table=lambda config: gpt_oss.HF_RESAVED,
+    notes=gpt_oss.notes,
+)
+
+GPT_OSS_ORIGINAL = Dialect(
+    "gpt_oss_original",
+    recognizes=lambda config, names: gpt_oss.recognizes_original(config),
+    read_config=gpt_oss.read_original_config,
+    table=lambda config: gpt_oss.ORIGINAL,
 )
 
 OPENAI_TF = Dialect(
@@ -58,7 +79,7 @@ NANOGPT = Dialect(
     table=lambda config: nanogpt.TABLE,
 )
 
-DIALECTS: tuple[Dialect, ...] = (HF, NANOGPT, OPENAI_TF, LLMC)
+DIALECTS: tuple[Dialect, ...] = (HF_RESAVED, HF, GPT_OSS_ORIGINAL, NANOGPT, OPENAI_TF, LLMC)
 """In the order in which they are tried: the config decides, and names where it leaves a choice."""
 
 
@@ -93,3 +114,9 @@ def read_config(path: Path, config: Mapping[str, Any], tensors: Tensors | None =
 def table(source: Source, config: Config) -> Table:
     """Returns how the dialect of `source` stores a model."""
     return recognize(source.path, source.config, source.tensors).table(config)
+
+
+def notes(source: Source) -> tuple[str, ...]:
+    """Returns what is odd about a source that can be read all the same."""
+    dialect = recognize(source.path, source.config, source.tensors)
+    return dialect.notes(source.config, source.tensors)

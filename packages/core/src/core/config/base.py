@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 from core.errors import ConfigError
 
-MAX_LAYERS = 10_000
+MAX_LAYERS, MAX_SIZE = 10_000, 2**40
 """A file that claims more is damaged or hostile: a model's names alone would fill the memory."""
 
 
@@ -107,12 +107,13 @@ class Config(abc.ABC):
 
 
 def positive(config: Config, names: Collection[str]) -> Iterator[str]:
-    """Yields every size in `names` that is not at least 1, and a number of layers that cannot be meant."""
+    """Yields every size in `names` that is below 1 or more than can be meant."""
     for name in names:
-        if getattr(config, name) < 1:
-            yield f"{name}={getattr(config, name)} must be at least 1"
-        elif "layer" in name and getattr(config, name) > MAX_LAYERS:
-            yield f"{name}={getattr(config, name)} is more than {MAX_LAYERS:,}"
+        value, limit = getattr(config, name), MAX_LAYERS if "layer" in name else MAX_SIZE
+        if value < 1:
+            yield f"{name}={value} must be at least 1"
+        elif value > limit:
+            yield f"{name}={value} is more than {limit:,}"
 
 
 def foreign_tokens(config: Config) -> Iterator[str]:

@@ -95,8 +95,8 @@ class GptOssConfig(Config):
     def _wrong_rope(self) -> Iterator[str]:
         if self.rope_theta <= 1:
             yield f"rope_theta={self.rope_theta} must be above 1"
-        if self.rope_factor < 1:
-            yield f"rope_factor={self.rope_factor} must be at least 1"
+        if not 1 <= self.rope_factor <= _MAX_FACTOR:
+            yield f"rope_factor={self.rope_factor} must be between 1 and {_MAX_FACTOR:,}"
         if not self.rope_beta_fast > self.rope_beta_slow > 0:
             yield (
                 f"rope_beta_fast={self.rope_beta_fast} must be above rope_beta_slow={self.rope_beta_slow}, "
@@ -278,6 +278,7 @@ _SIZES = (
     "sliding_window",
     "initial_context_length",
 )
+_MAX_FACTOR = 1_000_000
 _ALIASES = {"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (True,),
