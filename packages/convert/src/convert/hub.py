@@ -75,11 +75,13 @@ def resolve(name: str, revision: str | None = None) -> Snapshot:
     """
     from huggingface_hub import HfApi
 
+    from convert import openai
+
     repo = KNOWN.get(name, name)
     if looks_like_path(repo) or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise ConvertError(
             f"{name!r} is neither a path here nor a model: expected {', '.join(KNOWN)}, "
-            f"OpenAI's {', '.join(OPENAI)}, or OWNER/NAME"
+            f"OpenAI's {', '.join(openai.MODELS)}, or OWNER/NAME"
         )
     try:
         with _explained(repo, revision):

@@ -150,14 +150,20 @@ def describe_model(name: str, *, dtype: str = "keep", revision: str | None = Non
     if (local := hub.local_folder(name)) is not None:
         return plan_source(local, dtype=dtype, revision=revision).describe()
     if name in openai.MODELS:
-        return _describe_openai(name, dtype=dtype, revision=revision)
-    snapshot = hub.resolve(name, revision)
-    folder = hub.fetch_companions(snapshot, quiet=True)
-    config = tables.read_config(folder, sources.read_json(folder / "config.json"))
-    fetched = [f"{file} ({snapshot.sizes[file]:,} bytes)" for file in hub.weight_names(snapshot)]
+        openai.check_revision(name, revision)
+        folder = openai.fetch_companions(name, quiet=True)
+        config = tables.read_config(folder, sources.read_json(folder / openai.HPARAMS))
+        source = openai.origin(name)["url"]
+        sizes = {openai.WEIGHTS: openai.weights_size(name)}
+    else:
+        snapshot = hub.resolve(name, revision)
+        folder = hub.fetch_companions(snapshot, quiet=True)
+        config = tables.read_config(folder, sources.read_json(folder / sources.CONFIG))
+        source = f"{snapshot.repo} at {snapshot.revision}"
+        sizes = {file: snapshot.sizes[file] for file in hub.weight_names(snapshot)}
     return _lines(
-        source=f"{snapshot.repo} at {snapshot.revision}",
-        fetches=", ".join(fetched),
+        source=source,
+        fetches=", ".join(f"{file} ({size:,} bytes)" for file, size in sizes.items()),
         model=_summary(config),
         writes=f"every tensor as {'it is stored' if dtype == 'keep' else dtype}",
     )

@@ -103,18 +103,46 @@ def read_bundle(index: Path) -> tuple[dict[str, SourceTensor], list[Path]]:
     Raises:
       ConvertError: the index is damaged, a data file is missing or too short, or a variable is stored in slices.
     """
-    count, entries = _read_index(index)
+    count, entries = read_index(index)
     prefix = index.name.removesuffix(".index")
-    names = {
-        shard: f"{prefix}.data-{shard:05d}-of-{count:05d}"
+    paths = {
+        shard: index.with_name(f"{prefix}.data-{shard:05d}-of-{count:05d}")
         for shard in sorted({entry.shard for entry in entries.values()})
     }
-    absent = [
-        f"{name} is missing" for name in names.values() if not (index.parent / name).is_file()
-    ]
+    absent = [f"{path.name} is missing" for path in paths.values() if not path.is_file()]
     if absent:
-        raise ConvertError(f"{index}: {len(names)} data files belong to it", absent)
-    paths = {shard: index.parent / name for shard, name in names.items()}
+        raise ConvertError(f"{index}: {len(paths)} data files belong to it", absent)
+    return _tensors(entries, paths), list(paths.values())
+
+
+def read_index(path: Path) -> tuple[int, dict[str, Entry]]:
+    """Returns how many data files the bundle behind an index has, and its entries by name.
+
+    Raises:
+      ConvertError: the index is damaged, or a variable is stored in slices.
+    """
+    if path.stat().st_size > _INDEX_LIMIT:
+        raise ConvertError(f"{path}: an index of more than {_INDEX_LIMIT:,} bytes")
+    try:
+        table = _read_table(path.read_bytes())
+        if b"" not in table:
+            raise ConvertError("no entry that describes the bundle; not a TensorFlow checkpoint")
+        count = _shard_count(table.pop(b""))
+        entries = {_text(key): _entry(value) for key, value in table.items()}
+        _check_entries(entries, count)
+    except ConvertError as error:
+        raise ConvertError(f"{path}: {error.summary}", error.problems) from error
+    return count, entries
+
+
+def check_data(index: Path, data: Path) -> None:
+    """Raises ConvertError unless `data`, by whatever name, is the one data file of `index`, with every sum right."""
+    _, entries = read_index(index)
+    for tensor in _tensors(entries, {0: data}).values():
+        tensor.read()
+
+
+def _tensors(entries: Mapping[str, Entry], paths: Mapping[int, Path]) -> dict[str, SourceTensor]:
     _check_sizes(entries, paths)
     buffers = {shard: _map(path) for shard, path in paths.items()}
     return {
@@ -125,7 +153,7 @@ def read_bundle(index: Path) -> tuple[dict[str, SourceTensor], list[Path]]:
             _reader(f"{paths[entry.shard]}: {name}", buffers[entry.shard], entry),
         )
         for name, entry in entries.items()
-    }, list(paths.values())
+    }
 
 
 def _indexes(path: Path) -> list[Path]:
@@ -154,22 +182,6 @@ def _has_magic(index: Path) -> bool:
     with index.open("rb") as file:
         file.seek(max(0, index.stat().st_size - len(_MAGIC)))
         return file.read(len(_MAGIC)) == _MAGIC
-
-
-def _read_index(path: Path) -> tuple[int, dict[str, Entry]]:
-    """Returns how many data files the bundle has, and its entries by name."""
-    if path.stat().st_size > _INDEX_LIMIT:
-        raise ConvertError(f"{path}: an index of more than {_INDEX_LIMIT:,} bytes")
-    try:
-        table = _read_table(path.read_bytes())
-        if b"" not in table:
-            raise ConvertError("no entry that describes the bundle; not a TensorFlow checkpoint")
-        count = _shard_count(table.pop(b""))
-        entries = {_text(key): _entry(value) for key, value in table.items()}
-        _check_entries(entries, count)
-    except ConvertError as error:
-        raise ConvertError(f"{path}: {error.summary}", error.problems) from error
-    return count, entries
 
 
 # The table: LevelDB's doc/table_format.md. Blocks of sorted keys, a block that says where they are, a footer.
