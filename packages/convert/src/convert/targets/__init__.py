@@ -9,6 +9,7 @@ from core.checkpoint import ModelFolder
 
 TARGETS = {
     "hf": "convert.targets.hf",
+    "nanogpt": "convert.targets.nanogpt",
     "gguf": "convert.targets.gguf",
 }
 """The module that writes each format."""
