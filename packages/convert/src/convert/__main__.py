@@ -9,7 +9,7 @@ A model known by name is read from models/src/NAME where that folder exists, and
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -20,12 +20,20 @@ if TYPE_CHECKING:
     from convert import importer
 
 _MODEL = flags.DEFINE_string(
-    "model", None, "gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, or OWNER/NAME on the hub."
+    "model",
+    None,
+    "gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, gpt-oss-20b, gpt-oss-120b, or OWNER/NAME on the hub.",
 )
 _SOURCE = flags.DEFINE_string("source", None, "A checkpoint: a folder or a file.")
 _OUT = flags.DEFINE_string("out", None, "The model folder to write; models/NAME with --model.")
 _DTYPE = flags.DEFINE_enum(
     "dtype", "keep", ["keep", "float32", "bfloat16", "float16"], "The type of every weight written."
+)
+_EXPERTS = flags.DEFINE_enum(
+    "experts",
+    "keep",
+    ["keep", "mxfp4", "float32", "bfloat16", "float16"],
+    "The type of GPT-OSS's experts; another than mxfp4 unpacks them (bfloat16: exactly, to four times the size).",
 )
 _FORMAT = flags.DEFINE_enum(
     "format", "auto", ["auto", *sources.READERS], "The format of --source, which its content tells."
@@ -57,10 +65,10 @@ def _convert_source(path: str) -> None:
     from convert import destination, importer
 
     if _DRY_RUN.value:
-        print(importer.plan_source(path, dtype=_DTYPE.value, format=_FORMAT.value).describe())
+        print(importer.plan_source(path, format=_FORMAT.value, **_types()).describe())
         return
     out = destination.for_model(_OUT.value or "", overwrite=_OVERWRITE.value)
-    plan = importer.plan_source(path, dtype=_DTYPE.value, format=_FORMAT.value)
+    plan = importer.plan_source(path, format=_FORMAT.value, **_types())
     _write(plan, out)
 
 
@@ -72,11 +80,15 @@ def _convert_model(name: str) -> None:
             f"--model={name} is a path; --model is NAME or OWNER/NAME, a checkpoint on disk is --source=PATH --out=DIR"
         )
     if _DRY_RUN.value:
-        print(importer.describe_model(name, dtype=_DTYPE.value, revision=_REVISION.value))
+        print(importer.describe_model(name, revision=_REVISION.value, **_types()))
         return
     out = destination.for_model(_OUT.value or hub.default_out(name), overwrite=_OVERWRITE.value)
-    plan = importer.plan_model(name, dtype=_DTYPE.value, revision=_REVISION.value)
+    plan = importer.plan_model(name, revision=_REVISION.value, **_types())
     _write(plan, out)
+
+
+def _types() -> dict[str, Any]:
+    return {"dtype": _DTYPE.value, "experts": _EXPERTS.value}
 
 
 def _write(plan: "importer.Plan", out: Path) -> None:

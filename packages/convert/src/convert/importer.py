@@ -15,13 +15,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert import destination, mapping, progress, sources, tables
+from convert import destination, mapping, mxfp4, progress, sources, tables
 from convert.errors import ConvertError
 from core import axes, workers
 from core.checkpoint import TensorSpec
-from core.config import Config
+from core.config import Config, GptOssConfig
 
 DTYPES = ("keep", *mapping.FLOATS)
+EXPERTS = ("keep", "mxfp4", *mapping.FLOATS)
 _PART = (
     1 << 22
 )  # elements read, cast and written at a time: the temporaries stay at tens of megabytes
@@ -29,17 +30,23 @@ _PART = (
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A conversion that will work: what is read, how every parameter is found, and what the manifest says of it."""
+    """A conversion that will work: what is read, how every parameter is found, and what the manifest says of it.
+
+    `experts` other than "keep" is what the experts' kernels are written as: a dense type where they are packed unpacks.
+    """
 
     source: sources.Source
     match: mapping.Match
     dtype: str
     origin: Mapping[str, Any]
+    experts: str = "keep"
 
     @property
     def config(self) -> Config:
         """The model that is written."""
-        return self.match.config
+        config = self.match.config
+        unpacks = self.experts in mapping.FLOATS
+        return config.dense if unpacks and isinstance(config, GptOssConfig) else config
 
     @functools.cached_property
     def moves(self) -> dict[str, mapping.Move]:
@@ -61,12 +68,34 @@ class Plan:
 
         `spec` may have another type than the plan's: verification derives what a folder holds, as it holds it.
         """
-        move = self.moves[spec.name]
+        for part in self._unpacked(spec.name) if self._is_packed(spec.name) else self._kept(spec):
+            yield cast(part, spec.dtype, self.found(spec.name)[0])
+
+    def found(self, name: str) -> tuple[str, ...]:
+        """Returns the source's tensors from which a parameter is made; none, if it has no such parameter."""
+        names = (name + part for part in mxfp4.PARTS) if self._is_packed(name) else (name,)
+        return tuple(self.moves[name].found for name in names if name in self.moves)
+
+    def _is_packed(self, name: str) -> bool:
+        return name + mxfp4.PARTS[0] in self.moves
+
+    def _kept(self, spec: TensorSpec) -> Iterator[np.ndarray]:
+        parts = in_parts(self._mapped(spec.name))
+        if not spec.name.endswith(mxfp4.PARTS[1]):
+            return parts
+        return mxfp4.checked(parts, self.found(spec.name)[0], spec.shape)
+
+    def _unpacked(self, name: str) -> Iterator[np.ndarray]:
+        blocks, scales = (self._mapped(name + part) for part in mxfp4.PARTS)
+        return mxfp4.unpack(blocks, scales, self.found(name)[1])
+
+    def _mapped(self, name: str) -> np.ndarray:
+        """Returns a parameter as it is stored, in its own layout: a view of the source's file."""
+        move = self.moves[name]
         array = self.source.tensors[move.found].read()
         if move.rows is not None:
             array = array[slice(*move.rows)]
-        for part in in_parts(axes.relayout(array, move.layout, self.config.axes)):
-            yield cast(part, spec.dtype, move.found)
+        return axes.relayout(array, move.layout, self.match.config.axes)
 
     def describe(self) -> str:
         """Returns the plan to read: the source, the model, every tensor's way, and what is left out and why."""
@@ -82,15 +111,19 @@ class Plan:
         return "\n".join([facts, *notes, "", *_rows(self)])
 
     def _spec(self, name: str, word: str) -> TensorSpec:
-        move = self.moves[name]
-        stored = self.source.tensors[move.found].dtype
-        keeps = self.dtype == "keep" or stored not in mapping.FLOATS
+        first = self.moves[name + mxfp4.PARTS[0] if self._is_packed(name) else name]
+        stored = self.source.tensors[first.found].dtype
+        wanted = self.dtype
+        if name.endswith(mxfp4.KERNELS) and self.experts in mapping.FLOATS:
+            wanted = self.experts
+        elif wanted == "keep" or stored not in mapping.FLOATS:
+            wanted = stored
         return TensorSpec(
             name=name,
             shape=axes.shape(word, self.config.axes),
-            dtype=stored if keeps else self.dtype,
-            sources=(move.found,),
-            layout=move.layout,
+            dtype=wanted,
+            sources=self.found(name),
+            layout=first.layout if first.target == name else f"mxfp4 {first.layout} -> {word}",
         )
 
 
@@ -98,6 +131,7 @@ def plan_source(
     path: str | Path,
     *,
     dtype: str = "keep",
+    experts: str = "keep",
     revision: str | None = None,
     format: str = "auto",
     origin: Mapping[str, Any] | None = None,
@@ -109,19 +143,28 @@ def plan_source(
     """
     if dtype not in DTYPES:
         raise ConvertError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if experts not in EXPERTS:
+        raise ConvertError(f"experts {experts!r} is not one of {', '.join(EXPERTS)}")
     if revision is not None and origin is None:
         raise ConvertError(f"revision {revision!r} pins a download, but {path} is a local folder")
     source = sources.open_source(path, format=format)
     config = tables.read_config(source.path, source.config, source.tensors)
+    _check_experts(path, config, experts)
     try:
         match = mapping.match(tables.table(source, config), config, source.tensors)
     except ConvertError as error:
         raise ConvertError(f"{path}: {error.summary}", error.problems) from error
-    return Plan(source, match, dtype, origin or {"path": str(path)})
+    source = dataclasses.replace(source, notes=(*source.notes, *tables.notes(source)))
+    return Plan(source, match, dtype, origin or {"path": str(path)}, experts)
 
 
 def plan_model(
-    name: str, *, dtype: str = "keep", revision: str | None = None, quiet: bool | None = None
+    name: str,
+    *,
+    dtype: str = "keep",
+    experts: str = "keep",
+    revision: str | None = None,
+    quiet: bool | None = None,
 ) -> Plan:
     """Returns the plan for a model known by name: from its folder in `models/src`, else from the hub or from OpenAI.
 
@@ -130,25 +173,30 @@ def plan_model(
     from convert import hub, openai
 
     if (local := hub.local_folder(name)) is not None:
-        return plan_source(local, dtype=dtype, revision=revision)
+        return plan_source(local, dtype=dtype, experts=experts, revision=revision)
     if name in openai.MODELS:
         openai.check_revision(name, revision)
         folder = openai.fetch_companions(name, quiet=quiet)
         openai.fetch_weights(name, quiet=quiet)
-        return plan_source(folder, dtype=dtype, origin=openai.origin(name))
+        return plan_source(folder, dtype=dtype, experts=experts, origin=openai.origin(name))
     snapshot = hub.resolve(name, revision)
     folder = hub.fetch_companions(snapshot, quiet=quiet)
-    tables.read_config(folder, sources.read_json(folder / "config.json"))
+    config = tables.read_config(folder, sources.read_json(folder / sources.CONFIG))
+    _check_experts(folder, config, experts)
     hub.fetch_weights(snapshot, quiet=quiet)
-    return plan_source(folder, dtype=dtype, revision=revision, origin=snapshot.origin)
+    return plan_source(
+        folder, dtype=dtype, experts=experts, revision=revision, origin=snapshot.origin
+    )
 
 
-def describe_model(name: str, *, dtype: str = "keep", revision: str | None = None) -> str:
+def describe_model(
+    name: str, *, dtype: str = "keep", experts: str = "keep", revision: str | None = None
+) -> str:
     """Returns what `plan_model` would do, without fetching weights."""
     from convert import hub, openai
 
     if (local := hub.local_folder(name)) is not None:
-        return plan_source(local, dtype=dtype, revision=revision).describe()
+        return plan_source(local, dtype=dtype, experts=experts, revision=revision).describe()
     if name in openai.MODELS:
         openai.check_revision(name, revision)
         folder = openai.fetch_companions(name, quiet=True)
@@ -253,6 +301,17 @@ def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
             "keep the type, or cast to bfloat16 or float32"
         )
     return result
+
+
+def _check_experts(path: str | Path, config: Config, experts: str) -> None:
+    if experts == "keep":
+        return
+    if not isinstance(config, GptOssConfig):
+        raise ConvertError(f"{path}: a {config.family} has no experts to write as {experts}")
+    if experts == "mxfp4" and config.quantization != "mxfp4":
+        raise ConvertError(
+            f"{path}: the experts are stored dense, and packing them as mxfp4 would round them; keep them"
+        )
 
 
 def _summary(config: Config) -> str:

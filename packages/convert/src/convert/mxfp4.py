@@ -16,6 +16,10 @@ from convert.errors import ConvertError
 CODES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """What the sixteen codes stand for."""
 
+KERNELS = ("moe.gate_up.kernel", "moe.down.kernel")
+PARTS = (".blocks", ".scales")
+"""What the names of packable kernels end in, and what a packed one's two parts are called."""
+
 _NAN = 255  # the one scale that stands for no number; no encoder writes it
 _OVERFLOWS = 253  # from this scale on the largest codes are beyond bfloat16 and float32
 _PART = 1 << 21  # numbers decoded at a time: index, pairs and result stay in the cache
