@@ -148,7 +148,7 @@ def write(
             folder, plan, read, on_bytes=on_bytes, threads=threads, journal=journal
         )
         for name, data in contents.items():
-            (folder / name).write_bytes(data)
+            _write_file(folder / name, data)
         manifest = {
             "format_version": FORMAT_VERSION,
             "tool": _tool(),
@@ -158,7 +158,7 @@ def write(
             "files": {name: _file_entry(data) for name, data in contents.items()},
             "tensors": {spec.name: entries[spec.name] for spec in specs},
         }
-        (folder / MANIFEST).write_bytes(_json(manifest))
+        _write_file(folder / MANIFEST, _json(manifest))
     return manifest
 
 
@@ -318,6 +318,11 @@ def _contents(files: Mapping[str, Path | bytes]) -> dict[str, bytes]:
     }
 
 
+def _write_file(path: Path, data: bytes) -> None:
+    with shards.named(path):
+        path.write_bytes(data)
+
+
 def _file_entry(data: bytes) -> dict[str, Any]:
     return {"nbytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
@@ -359,9 +364,9 @@ def _place(
     with folders.resumable(path, work, resume=resume) as partial:
         journal = Journal(partial.notes) if partial.notes is not None else None
         if resume:
-            on_note(_found(path, work, plan, journal if partial.is_resumed else None))
-        for stray in {file.name for file in partial.folder.iterdir()} - {s.name for s in plan}:
-            (partial.folder / stray).unlink()
+            others = folders.others(path, partial.folder)
+            on_note(_found(plan, journal if partial.is_resumed else None, others))
+        folders.keep_only(partial.folder, [shard.name for shard in plan])
         yield partial.folder, journal
 
 
@@ -384,12 +389,11 @@ def _fingerprint(plan: Sequence[shards.Shard], contents: Mapping[str, bytes], id
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _found(path: Path, work: str, plan: Sequence[shards.Shard], journal: Journal | None) -> str:
-    """Returns what to tell whoever asked to resume; `journal` is that of an earlier write."""
+def _found(plan: Sequence[shards.Shard], journal: Journal | None, others: Sequence[Path]) -> str:
+    """Returns what to tell whoever asked to resume: `journal` is an earlier write's, `others` are unfinished too."""
     if journal is not None:
         total = sum(len(shard.places) for shard in plan)
         return f"resuming: {len(journal.entries())} of {total} tensors were written, and are checked first"
-    others = folders.others(path, work)
     why = f" ({others[0].name} is of another source, plan or version)" if others else ""
     return f"there is nothing to resume{why}; starting from the beginning"
 

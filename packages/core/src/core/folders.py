@@ -5,7 +5,7 @@ import dataclasses
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from core.errors import CheckpointError
@@ -102,13 +102,19 @@ def partial_of(path: Path, work: str) -> Path:
     return path.with_name(f"{path.name}.partial.{work}")
 
 
-def others(path: Path, work: str) -> list[Path]:
-    """Returns what other unfinished work for `path` lies beside it, of living and dead processes."""
-    mine, path = partial_of(path, work), Path(os.path.realpath(path))
-    if not path.parent.is_dir():
-        return []
+def others(path: Path, mine: Path) -> list[Path]:
+    """Returns what unfinished work for `path` lies beside it, of living and dead processes, other than `mine`."""
+    path = Path(os.path.realpath(path))
     start = f"{path.name}.partial."
-    return sorted(x for x in path.parent.iterdir() if x.name.startswith(start) and x != mine)
+    beside = (x for x in path.parent.iterdir() if x.name.startswith(start))
+    return sorted(x for x in beside if not mine.is_relative_to(x))
+
+
+def keep_only(folder: Path, names: Collection[str]) -> None:
+    """Removes from `folder` what has another name than `names`."""
+    for path in folder.iterdir():
+        if path.name not in names:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def allocated(folder: Path) -> int:

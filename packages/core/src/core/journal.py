@@ -4,6 +4,7 @@ A journal is a claim, not a proof: a power cut may keep a line and lose the byte
 them again.
 """
 
+import errno
 import json
 import os
 import threading
@@ -34,7 +35,7 @@ class Journal:
         line = json.dumps(entry).encode() + b"\n"
         with self._lock:
             if os.write(self._descriptor, line) != len(line):
-                raise OSError("a line of the journal could not be written whole: the disk is full")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def clear(self) -> None:
         """Removes every line."""

@@ -196,7 +196,8 @@ def write(
                 return line["sha256"]
             sha256 = _fill(file, place, read, tell, stop)
             if journal is not None:
-                journal.append(**place.line(sha256))
+                with named(folder):
+                    journal.append(**place.line(sha256))
             return sha256
 
         hashes = workers.each(work, places, threads=threads)
@@ -240,14 +241,19 @@ class _File:
         with self._named():
             os.fsync(self.descriptor)
 
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.path} cannot be written: {error.strerror}; free some space or choose another folder"
-            ) from error
+    def _named(self) -> contextlib.AbstractContextManager[None]:
+        return named(self.path)
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Makes an error of the system in writing `path`, which does not always say of what it speaks, one that does."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error.strerror}; free some space or choose another folder"
+        ) from error
 
 
 @contextlib.contextmanager

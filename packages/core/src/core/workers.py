@@ -33,9 +33,15 @@ def each(
     stop = threading.Event()
     if threads == 1:
         return [work(item, stop) for item in items]
+
+    def begin(item: Item) -> Result:
+        if stop.is_set():
+            raise Stopped
+        return work(item, stop)
+
     with ThreadPoolExecutor(threads) as pool:
         try:
-            futures = [pool.submit(work, item, stop) for item in items]
+            futures = [pool.submit(begin, item) for item in items]
             for future in as_completed(futures):
                 future.result()
         except BaseException:
