@@ -56,6 +56,98 @@ def test_presets_have_the_published_number_of_parameters_and_heads_of_64(name, c
     assert config.axes["H"] == 64
 
 
+# What the config.json of other people's GPT-2s has beside or instead of HUB_GPT2's.
+LEGACY = {"n_special": 0, "predict_special_tokens": True, "output_past": True}
+CEREBRAS = {
+    "activation_function": "gelu",
+    "architectures": ["GPT2Model"],
+    "attn_pdrop": 0.0,
+    "bos_token_id": 50256,
+    "embd_pdrop": 0.0,
+    "eos_token_id": 50256,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "gpt2",
+    "n_embd": 768,
+    "n_head": 12,
+    "n_inner": 3072,
+    "n_layer": 10,
+    "n_positions": 2048,
+    "reorder_and_upcast_attn": False,
+    "resid_pdrop": 0.0,
+    "scale_attn_by_inverse_layer_idx": False,
+    "scale_attn_weights": True,
+    "torch_dtype": "float32",
+    "transformers_version": "4.20.0.dev0",
+    "use_cache": True,
+    "vocab_size": 50257,
+}
+FOUND: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "gpt2-medium": (
+        HUB_GPT2 | LEGACY | {"n_embd": 1024, "n_head": 16, "n_layer": 24},
+        {"n_embd": 1024, "n_head": 16, "n_layer": 24},
+        354_823_168,
+    ),
+    "gpt2-xl": (
+        HUB_GPT2 | LEGACY | {"n_embd": 1600, "n_head": 25, "n_layer": 48},
+        {"n_embd": 1600, "n_head": 25, "n_layer": 48},
+        1_557_611_200,
+    ),
+    "distilgpt2": (
+        HUB_GPT2
+        | {
+            "n_layer": 6,
+            "_num_labels": 1,
+            "id2label": {"0": "LABEL_0"},
+            "label2id": {"LABEL_0": 0},
+        },
+        {"n_layer": 6},
+        81_912_576,
+    ),
+    "DialoGPT-large": (
+        HUB_GPT2
+        | {"n_embd": 1280, "n_head": 20, "n_layer": 36}
+        | {"task_specific_params": {"conversational": {"max_length": 1000}}},
+        {"n_embd": 1280, "n_head": 20, "n_layer": 36},
+        774_030_080,
+    ),
+    "Cerebras-GPT-111M": (
+        CEREBRAS,
+        {"activation_function": "gelu", "n_inner": 3072, "n_layer": 10, "n_positions": 2048}
+        | {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+        111_050_496,
+    ),
+    "stanford-crfm": (
+        HUB_GPT2
+        | {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}
+        | {"n_inner": None, "scale_attn_weights": True, "gradient_checkpointing": False},
+        {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+        124_439_808,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_other_people_s_gpt2s_are_read(name: str):
+    config, differs, count = FOUND[name]
+    model = GPT2Config.from_hf(config)
+    assert model == dataclasses.replace(
+        GPT2Config(bos_token_id=50256, eos_token_id=50256), **differs
+    )
+    assert model.parameter_count == count
+
+
+def test_several_ends_of_text_are_kept_and_those_outside_the_vocabulary_left_out():
+    config = GPT2Config.from_hf(HUB_GPT2 | {"eos_token_id": [50256, 198]})
+    assert config.eos_token_id == config.eos_token_ids == (50256, 198)
+    assert config.to_hf()["eos_token_id"] == config.to_dict()["eos_token_id"] == [50256, 198]
+    assert config_lib.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    small = {**HUB_GPT2, "vocab_size": 199}
+    assert GPT2Config.from_hf(small | {"eos_token_id": [50256, 198]}).eos_token_id == (198,)
+    assert GPT2Config.from_hf(small | {"eos_token_id": [50256]}).eos_token_ids == ()
+    assert core.PRESETS["gpt2"].eos_token_ids == (50256,)
+
+
 def test_parameter_count_follows_the_variants():
     V, P, D, L, F = 97, 61, 24, 2, 96
     tied = V * D + P * D + L * (4 * D * D + 2 * D * F + 9 * D + F) + 2 * D

@@ -5,7 +5,6 @@ A plan has opened the source and found every parameter in it; writing reads one 
 
 import dataclasses
 import functools
-import math
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,13 +18,11 @@ from convert import destination, mapping, mxfp4, progress, sources, tables
 from convert.errors import ConvertError
 from core import axes, workers
 from core.checkpoint import TensorSpec
+from core.checkpoint import parts as in_parts
 from core.config import Config, GptOssConfig
 
 DTYPES = ("keep", *mapping.FLOATS)
 EXPERTS = ("keep", "mxfp4", *mapping.FLOATS)
-_PART = (
-    1 << 22
-)  # elements read, cast and written at a time: the temporaries stay at tens of megabytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,11 +206,13 @@ def describe_model(
         config = tables.read_config(folder, sources.read_json(folder / sources.CONFIG))
         source = f"{snapshot.repo} at {snapshot.revision}"
         sizes = {file: snapshot.sizes[file] for file in hub.weight_names(snapshot)}
+    _check_experts(folder, config, experts)
     return _lines(
         source=source,
         fetches=", ".join(f"{file} ({size:,} bytes)" for file, size in sizes.items()),
         model=_summary(config),
-        writes=f"every tensor as {'it is stored' if dtype == 'keep' else dtype}",
+        writes=f"every tensor as {'it is stored' if dtype == 'keep' else dtype}"
+        + (f", the experts as {experts}" if experts != "keep" else ""),
     )
 
 
@@ -273,16 +272,6 @@ def write(
     return out
 
 
-def in_parts(array: np.ndarray) -> Iterator[np.ndarray]:
-    """Yields an array of any layout in consecutive pieces along its first axis, each a few million elements."""
-    if array.ndim == 0:
-        yield array
-        return
-    rows = max(1, _PART // max(1, math.prod(array.shape[1:])))
-    for start in range(0, len(array), rows):
-        yield array[start : start + rows]
-
-
 def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
     """Returns `array` as `dtype`, itself where it already is.
 
@@ -293,8 +282,7 @@ def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
         return array
     with np.errstate(over="ignore"):
         result = array.astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
-    lost = np.isinf(result) & np.isfinite(array)
-    if lost.any():
+    if _has_infinity(result) and (lost := np.isinf(result) & np.isfinite(array)).any():
         largest = np.abs(array[lost].astype(np.float64)).max()
         raise ConvertError(
             f"{name}: {largest:.6g} does not fit in {dtype} (at most {ml_dtypes.finfo(dtype).max:.6g}); "
@@ -312,6 +300,14 @@ def _check_experts(path: str | Path, config: Config, experts: str) -> None:
         raise ConvertError(
             f"{path}: the experts are stored dense, and packing them as mxfp4 would round them; keep them"
         )
+
+
+def _has_infinity(x: np.ndarray) -> bool:
+    """Tells whether one of `x` is infinite; of 16-bit types by their bits, which is twice as fast."""
+    if x.itemsize != 2:
+        return bool(np.isinf(x).any())
+    infinity = np.full((), np.inf, x.dtype).view(np.uint16)
+    return bool((x.view(np.uint16) & 0x7FFF == infinity).any())
 
 
 def _summary(config: Config) -> str:
@@ -368,6 +364,10 @@ def _hashes(files: Sequence[Path], stop: threading.Event) -> dict[str, dict[str,
 
 
 def _origin(plan: Plan, files: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what the manifest says of the source: where it is from, its files' sizes and hashes, what was noted."""
+    """Returns what the manifest says of the source: where it is from, its files' sizes and hashes, what was noted.
+
+    "origin" is the same of what the source itself was made from.
+    """
     notes = {"notes": list(plan.source.notes)} if plan.source.notes else {}
-    return {**plan.origin, "format": plan.source.format, "files": dict(files), **notes}
+    before = {"origin": dict(plan.source.origin)} if plan.source.origin else {}
+    return {**plan.origin, "format": plan.source.format, "files": dict(files), **notes, **before}

@@ -8,6 +8,7 @@ touched.
 import json
 import math
 import mmap
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 """The format's names of types, as numpy's."""
 
+_UNINDEXED = re.compile(r"model--\d{5}-of-(\d{5})\.safetensors")
 _HEADER_LIMIT = 100_000_000  # the format's own
 
 
@@ -48,14 +50,14 @@ def recognizes(path: Path) -> bool:
         with path.open("rb") as file:
             start = file.read(9)
         return path.suffix == ".safetensors" or (len(start) == 9 and start[8:] == b"{")
-    return (path / INDEX).is_file() or (path / SINGLE).is_file()
+    return any((path / name).is_file() for name in (INDEX, SINGLE)) or bool(_unindexed(path))
 
 
 def open(path: Path) -> Source:
     """Opens a checkpoint folder, or a single weights file with its config.json beside it.
 
-    The index decides where there is one. Nothing is globbed: repositories carry a second copy of their weights in
-    folders of their own.
+    The index decides where there is one. Folders below are not looked into: repositories carry a second copy of their
+    weights there.
     """
     folder = path.parent if path.is_file() else path
     config = _read_config(folder)
@@ -64,8 +66,10 @@ def open(path: Path) -> Source:
     elif (folder / INDEX).is_file():
         tensors, shards = read_shards(folder / INDEX, read_file)
         files = [folder / INDEX, *shards]
-    else:
+    elif (folder / SINGLE).is_file():
         tensors, files = read_file(folder / SINGLE), [folder / SINGLE]
+    else:
+        tensors, files = _read_unindexed(folder)
     return Source(
         path=path,
         format="safetensors",
@@ -143,6 +147,29 @@ def read_shards(
     if problems:
         raise ConvertError(f"{folder}: {index.name} and the shards differ", problems)
     return tensors, [folder / shard for shard in shards]
+
+
+def _unindexed(folder: Path) -> dict[Path, int]:
+    """Returns the shards that OpenAI names "model--0000k-of-0000n" and gives no index, each with its n."""
+    found = {path: _UNINDEXED.fullmatch(path.name) for path in folder.glob("model--*.safetensors")}
+    return {path: int(match[1]) for path, match in sorted(found.items()) if match}
+
+
+def _read_unindexed(folder: Path) -> tuple[dict[str, SourceTensor], list[Path]]:
+    shards = _unindexed(folder)
+    total = max(shards.values())
+    if len(shards) < total or set(shards.values()) != {total}:
+        raise ConvertError(
+            f"{folder}: found {len(shards)} of {total} shards ({', '.join(path.name for path in shards)}); "
+            "copy or download the rest"
+        )
+    tensors: dict[str, SourceTensor] = {}
+    for path in shards:
+        found = read_file(path)
+        if twice := tensors.keys() & found.keys():
+            raise ConvertError(f"{path}: {min(twice)} lies in another shard too")
+        tensors |= found
+    return tensors, list(shards)
 
 
 def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:

@@ -155,7 +155,7 @@ def read_resaved_config(config: Mapping[str, Any], tensors: Tensors) -> Config:
     if bare:
         raise ConfigError(
             f"{bare[0].name} is packed (uint8{list(bare[0].shape)}) and "
-            f"{_scales_of(bare[0].name)} is missing, as for {len(bare) - 1} more; "
+            f"{_scales_of(bare[0].name)} is missing, as are {len(bare) - 1} more; "
             "without their scales the experts are lost: copy or download the checkpoint again"
         )
     return dataclasses.replace(GptOssConfig.from_hf(config), quantization=None)
