@@ -194,9 +194,11 @@ def _read_table(content: bytes) -> dict[bytes, bytes]:
             f"found {len(content)} bytes that do not end as an index does; cut short, or not one"
         )
     footer = _Cursor(content[-_FOOTER_BYTES:])
-    _, _, *where = (
-        footer.varint() for _ in range(4)
-    )  # after the metaindex's, which is always empty
+    metaindex, where = [(footer.varint(), footer.varint()) for _ in range(2)]
+    if any(footer.rest()[: -len(_MAGIC)]) or list(_block_entries(_block(content, *metaindex))):
+        raise ConvertError(
+            "damaged: the footer or the metaindex holds what TensorFlow never writes"
+        )
     table: dict[bytes, bytes] = {}
     latest, names = None, 0
     for _, handle in _block_entries(_block(content, *where)):
@@ -327,14 +329,19 @@ class _Cursor:
         self._at += count
         return self._data[self._at - count : self._at]
 
+    def rest(self) -> bytes:
+        return self.take(len(self._data) - self._at)
+
     def varint(self) -> int:
         value = 0
         for shift in range(0, 70, 7):
             byte = self.take(1)[0]
             value |= (byte & 0x7F) << shift
+            if byte == 0 and shift:
+                break
             if byte < 0x80:
                 return value & 0xFFFF_FFFF_FFFF_FFFF
-        raise ConvertError("damaged: a number of more than ten bytes")
+        raise ConvertError("damaged: a number of more than ten bytes, or padded with zeros")
 
 
 def _text(key: bytes) -> str:
