@@ -463,6 +463,15 @@ def test_a_tensor_in_parts_is_the_tensor(tmp_path, folder, params, part_bytes):
     assert sum(told) == 4 * CONFIG.parameter_count
 
 
+@pytest.mark.parametrize("axes", [(1, 0, 2), (2, 0, 1), (2, 1, 0), (0, 2, 1)])
+def test_parts_of_a_transposed_array_are_in_c_order(axes):
+    array = np.arange(3 * 50 * 70, dtype=np.float32).reshape(3, 50, 70).transpose(axes)
+    for part_bytes in (100, 10_000, 10**6):
+        parts = list(checkpoint.parts(array, part_bytes))
+        assert all(part.flags.c_contiguous for part in parts)
+        assert b"".join(part.tobytes() for part in parts) == array.tobytes()
+
+
 @given(
     shape=st.lists(st.integers(0, 5), max_size=4).map(tuple),
     part_bytes=st.integers(1, 100),

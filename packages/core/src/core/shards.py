@@ -25,7 +25,7 @@ from core.errors import CheckpointError
 from core.journal import Journal
 
 ALIGNMENT = 64  # jax.device_put shares pages from here on
-PART_BYTES = 8 * 2**20  # of a tensor at a time: a thread holds two or three
+PART_BYTES = 4 * 2**20  # of a tensor at a time: a thread holds two or three; larger is not faster
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
 NUMPY_DTYPES = {
     "F32": np.dtype(np.float32),
@@ -34,6 +34,7 @@ NUMPY_DTYPES = {
     "U8": np.dtype(np.uint8),
 }
 
+_COLUMNS = 128  # copied at a time from a transposed matrix
 _BLOCK_BYTES = 2**20  # hashed, and written while the processor's cache has it
 
 
@@ -147,14 +148,35 @@ def parts(array: np.ndarray, part_bytes: int = PART_BYTES) -> Iterator[np.ndarra
     [[[0, 3], [1, 4]], [[2, 5]]]
     """
     if array.nbytes <= part_bytes or array.ndim == 0:
-        yield np.ascontiguousarray(array).reshape(array.shape)
+        yield _packed(array)
     elif (row_bytes := array.nbytes // len(array)) > part_bytes and array.ndim > 1:
         for row in array:
             yield from parts(row, part_bytes)
     else:
         step = max(part_bytes // row_bytes, 1)
         for start in range(0, len(array), step):
-            yield np.ascontiguousarray(array[start : start + step])
+            yield _packed(array[start : start + step])
+
+
+def _packed(array: np.ndarray) -> np.ndarray:
+    """Returns `array` in C order, itself if it is.
+
+    A transposed matrix is copied a few columns at a time, so that a line of memory once fetched is used up: more than
+    twice as fast as at once.
+    """
+    if array.flags.c_contiguous:
+        return array
+    result = np.empty(array.shape, array.dtype)
+    try:
+        flat = np.reshape(array, (len(array), -1), copy=False)
+    except ValueError:  # no matrix without a copy
+        result[...] = array
+        return result
+    flat_result = result.reshape(flat.shape)
+    for start in range(0, flat.shape[1], _COLUMNS):
+        columns = slice(start, start + _COLUMNS)
+        flat_result[:, columns] = flat[:, columns]
+    return result
 
 
 def write(
