@@ -494,3 +494,102 @@ def test_by_name_only_hugging_face_s_files_are_fetched(tmp_path: Path):
         assert (done.returncode, done.stdout) == (0, "models/gpt-oss-20b\n"), done.stderr
         assert {file.partition("/")[2] for file in hub.resolved()} == files.keys()
     holds(tmp_path / "models/gpt-oss-20b", oss.as_parameters(oss.packed()))
+
+
+@pytest.fixture
+def transformers() -> Any:
+    pytest.importorskip("torch")
+    return pytest.importorskip("transformers")
+
+
+def state(model: Any) -> Weights:
+    """A torch model's parameters in float32, which holds every bfloat16."""
+    return {n: w.float().numpy() for n, w in model.state_dict().items()}
+
+
+def equal(a: Weights, b: Weights) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parity
+class TestTransformers:
+    def test_the_decoders_agree_on_every_byte_at_every_scale(self, transformers: Any):
+        torch = pytest.importorskip("torch")
+        theirs = pytest.importorskip("transformers.integrations.mxfp4")
+        scales = np.arange(255, dtype=np.uint8).reshape(1, 255, 1).repeat(16, axis=2)
+        blocks = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16).repeat(255, axis=1)
+        found = theirs.convert_moe_packed_tensors(torch.tensor(blocks), torch.tensor(scales))
+        bits = found.view(torch.int16).numpy().view(np.uint16)
+        pairs = mxfp4.table()[scales[0, :, 0].astype(np.uint16)[:, None] << 8 | np.arange(256)]
+        assert np.array_equal(bits[0].T[:, 0::2], pairs & 0xFFFF)
+        assert np.array_equal(bits[0].T[:, 1::2], pairs >> 16)
+        (ours,) = mxfp4.unpack(blocks[:, :253], scales[:, :253], "x")
+        assert np.array_equal(bits[0, :, :253], ours.view(np.uint16))
+
+    def test_what_it_saves_is_read_and_what_is_exported_it_reads(
+        self, transformers: Any, tmp_path: Path
+    ):
+        self.model(transformers).save_pretrained(tmp_path / "theirs")
+        model = self.load(transformers, tmp_path / "theirs")
+        out = converted(tmp_path / "theirs", tmp_path)
+        saved = state(model)
+        wanted = oss.as_parameters(saved)
+        folder = checkpoint.open(out)
+        assert folder.tensors.keys() == wanted.keys()
+        for name, w in wanted.items():
+            assert np.array_equal(folder.tensors[name].astype(np.float32), w), name
+        again = self.load(transformers, convert.export(out, out=tmp_path / "exported"))
+        assert equal(state(again), saved)
+        assert np.array_equal(self.logits(again), self.logits(model))
+
+    def test_it_unpacks_to_the_same_model(self, transformers: Any, packed: Path, tmp_path: Path):
+        """Ours, exported dense, has no missing or unexpected tensor and the logits of theirs, bit for bit."""
+        theirs = self.unpacked(transformers, packed)
+        out = converted(packed, tmp_path, experts="bfloat16")
+        ours = self.load(transformers, convert.export(out, out=tmp_path / "exported"))
+        assert equal(state(ours), state(theirs))
+        assert np.array_equal(self.logits(ours), self.logits(theirs))
+
+    def test_it_reads_packed_experts_that_were_exported(
+        self, transformers: Any, packed: Path, tmp_path: Path
+    ):
+        exported = convert.export(converted(packed, tmp_path), out=tmp_path / "exported")
+        ours, theirs = (self.unpacked(transformers, path) for path in (exported, packed))
+        assert equal(state(ours), state(theirs))
+
+    def test_what_it_unpacks_and_saves_is_read_as_it_was_meant(
+        self, transformers: Any, packed: Path, tmp_path: Path
+    ):
+        self.unpacked(transformers, packed).save_pretrained(tmp_path / "saved")
+        out = converted(tmp_path / "saved", tmp_path)
+        holds(out, oss.as_parameters(oss.unpacked()))
+
+    def model(self, transformers: Any) -> Any:
+        torch = pytest.importorskip("torch")
+        torch.manual_seed(0)
+        config = transformers.GptOssConfig(**oss.CONFIG)
+        model = transformers.GptOssForCausalLM(config).to(torch.bfloat16)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(0, 0.2)
+        return model.eval()
+
+    def load(self, transformers: Any, path: Path) -> Any:
+        model, info = transformers.GptOssForCausalLM.from_pretrained(
+            path, dtype="auto", output_loading_info=True
+        )
+        assert not any(
+            info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        )
+        return model.eval()
+
+    def unpacked(self, transformers: Any, path: Path) -> Any:
+        return transformers.GptOssForCausalLM.from_pretrained(
+            path, quantization_config=transformers.Mxfp4Config(dequantize=True), dtype="bfloat16"
+        ).eval()
+
+    def logits(self, model: Any) -> np.ndarray:
+        torch = pytest.importorskip("torch")
+        tokens = torch.arange(2 * 11).reshape(2, 11) % oss.V
+        with torch.no_grad():
+            return model(tokens).logits.float().numpy()
