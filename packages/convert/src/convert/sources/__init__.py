@@ -39,7 +39,8 @@ class Source:
 
     `format` is a key of `READERS`. `config` says what the tensors are, in the words of whoever wrote it. `files` are
     all that decide what the model is (config, index, weights), `companions` the tokenizer and generation files, by the
-    name they shall have: a file to copy, or its content. `notes` are for the user to hear.
+    name they shall have: a file to copy, or its content. `notes` are for the user to hear. `origin` is what is known of
+    where the weights were before they were here.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Source:
     files: tuple[Path, ...]
     companions: Mapping[str, Path | bytes]
     notes: tuple[str, ...] = ()
+    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Reader(Protocol):
@@ -66,11 +68,16 @@ class Reader(Protocol):
 
 
 READERS = {
+    "model_folder": "convert.sources.model_folder",
     "safetensors": "convert.sources.safetensors",
     "nanogpt": "convert.sources.nanogpt",
     "torch": "convert.sources.torch_zip",
     "tensorflow": "convert.sources.tf_bundle",
     "llmc": "convert.sources.llmc",
+    "tensorport": "convert.sources.tensorport",
+    "npz": "convert.sources.npz",
+    "flax_msgpack": "convert.sources.flax_msgpack",
+    "orbax": "convert.sources.orbax",
 }
 """The module that reads each format, in the order in which they are tried."""
 

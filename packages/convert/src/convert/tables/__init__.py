@@ -8,7 +8,7 @@ from typing import Any
 from convert.errors import ConvertError
 from convert.mapping import Table
 from convert.sources import Source, SourceTensor
-from convert.tables import gpt2, gpt_oss, llmc, nanogpt, openai_tf
+from convert.tables import flax_hf, gpt2, gpt_oss, llmc, nanogpt, openai_tf, ours
 from core import config as config_lib
 from core.config import Config, ConfigError
 
@@ -79,7 +79,30 @@ NANOGPT = Dialect(
     table=lambda config: nanogpt.TABLE,
 )
 
-DIALECTS: tuple[Dialect, ...] = (HF_RESAVED, HF, GPT_OSS_ORIGINAL, NANOGPT, OPENAI_TF, LLMC)
+FLAX_HF = Dialect(
+    "flax_hf",
+    recognizes=flax_hf.recognizes,
+    read_config=lambda config, tensors: config_lib.from_hf(config),
+    table=lambda config: flax_hf.TABLE,
+)
+
+OURS = Dialect(
+    "ours",
+    recognizes=ours.recognizes,
+    read_config=lambda config, tensors: ours.read_config(config),
+    table=ours.table,
+)
+
+DIALECTS: tuple[Dialect, ...] = (
+    OURS,
+    FLAX_HF,
+    HF_RESAVED,
+    HF,
+    GPT_OSS_ORIGINAL,
+    NANOGPT,
+    OPENAI_TF,
+    LLMC,
+)
 """In the order in which they are tried: the config decides, and names where it leaves a choice."""
 
 

@@ -11,6 +11,9 @@ TARGETS = {
     "hf": "convert.targets.hf",
     "nanogpt": "convert.targets.nanogpt",
     "gguf": "convert.targets.gguf",
+    "npz": "convert.targets.npz",
+    "msgpack": "convert.targets.msgpack",
+    "orbax": "convert.targets.orbax",
 }
 """The module that writes each format."""
 
