@@ -23,12 +23,13 @@ DTYPES: dict[int, np.dtype] = {3: np.dtype("<f4"), 5: np.dtype(ml_dtypes.bfloat1
 
 _MAGIC = 20240326
 _OTHERS = {
-    20240327: "a debug state",
-    20240328: "a tokenizer",
-    20240527: "an optimizer state",
-    20240522: "an evaluation set",
-    20240801: "training tokens for Llama 3",
-    20240803: "a Llama 3 model",
+    20240327: "debug state",
+    20240328: "tokenizer",
+    20240520: "training tokens",
+    20240522: "evaluation set",
+    20240527: "optimizer state",
+    20240801: "Llama 3 training tokens",
+    20240803: "Llama 3 model",
 }
 """The first numbers of llm.c's other files, and what those are."""
 
@@ -113,10 +114,8 @@ def _read_header(path: Path) -> tuple[int, dict[str, int]]:
         raise ConvertError(f"{path}: cut short: found {len(start)} bytes, a header has 1024")
     magic, version, *numbers = (int(n) for n in np.frombuffer(start, "<i4"))
     if magic != _MAGIC:
-        what = (
-            f"{_OTHERS[magic]} of llm.c's" if magic in _OTHERS else f"no file of llm.c's ({magic})"
-        )
-        raise ConvertError(f"{path}: {what}; expected a model, which begins with {_MAGIC}")
+        what = f"llm.c's {_OTHERS[magic]}" if magic in _OTHERS else f"no file of llm.c's ({magic})"
+        raise ConvertError(f"{path}: {what}; expected its GPT-2, which begins with {_MAGIC}")
     sizes: dict[str, int] = dict(zip(_SIZES, numbers, strict=False))
     if version not in DTYPES or not sizes["padded_vocab_size"]:
         older = ", from before the padded vocabulary" if not sizes["padded_vocab_size"] else ""
