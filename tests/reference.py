@@ -27,13 +27,13 @@ def float64(params: Any) -> Any:
     return np.asarray(params, np.float64)
 
 
-def logits(config: GPT2Config, params: Any, tokens_BT: Any) -> np.ndarray:
+def logits(config: Any, params: Any, tokens_BT: Any) -> np.ndarray:
     """The logits_BTV of `tokens_BT`."""
     p = float64(params)
     return np.stack([_sequence(config, p, np.asarray(row)) for row in tokens_BT])
 
 
-def loss(config: GPT2Config, params: Any, inputs_BT: Any, targets_BT: Any) -> float:
+def loss(config: Any, params: Any, inputs_BT: Any, targets_BT: Any) -> float:
     """The mean cross-entropy in nats over the targets that are not -1."""
     log_p = log_softmax(logits(config, params, inputs_BT))
     taken = [

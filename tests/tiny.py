@@ -8,7 +8,7 @@ import numpy as np
 from flax import traverse_util
 
 from core import axes
-from core.config import GPT2Config
+from core.config import Config, GPT2Config
 from core.models import Model
 
 SIZES: dict[str, Any] = {
@@ -61,7 +61,7 @@ def params(model: Model, amplify: float = 5, seed: int = 0) -> dict[str, Any]:
     return traverse_util.unflatten_dict(flat, sep=".")
 
 
-def tokens(config: GPT2Config, *shape: int, seed: int = 0) -> jax.Array:
+def tokens(config: Config, *shape: int, seed: int = 0) -> jax.Array:
     """Random ids."""
     ids = np.random.default_rng(seed).integers(0, config.vocab_size, shape)
     return jnp.asarray(ids, jnp.int32)

@@ -15,7 +15,7 @@ from flax import traverse_util
 import core
 import tiny
 from core import sampling as sampling_lib
-from core.config import GPT2Config
+from core.config import Config, GPT2Config
 from core.engine import Completion, Engine, Request
 from core.sampling import Sampling, Settings
 
@@ -64,7 +64,7 @@ def hf_name(name: str) -> str:
     return f"transformer.h.{layer}.{HF_PARTS['.'.join(part)]}.{kind}"
 
 
-def hf_model(torch: Any, config: GPT2Config, params: Any) -> Any:
+def hf_model(torch: Any, config: Config, params: Any) -> Any:
     """GPT2LMHeadModel with these parameters; Conv1D stores [in, out], so a reshape to its shape is all."""
     transformers = pytest.importorskip("transformers")
     settings = {k: v for k, v in config.to_hf().items() if k not in ("model_type", "architectures")}

@@ -211,10 +211,10 @@ class Engine:
             raise RequestError(
                 "prompt_empty", "the prompt is empty; it must hold at least one token"
             )
-        if len(tokens) > config.n_positions:
+        if len(tokens) > config.context_length:
             raise RequestError(
                 "prompt_too_long",
-                f"the prompt has {len(tokens)} tokens; the model's context is {config.n_positions}",
+                f"the prompt has {len(tokens)} tokens; the model's context is {config.context_length}",
             )
         wrong = next((t for t in tokens if not 0 <= t < config.vocab_size), None)
         if wrong is not None:
@@ -227,7 +227,7 @@ class Engine:
     def _row(self, index: int, request: Request) -> "_Row":
         prompt, sampling = self.check(request), request.sampling
         # The last token need not fit: it is produced, not fed.
-        limit = min(sampling.max_new_tokens, self.model.config.n_positions - len(prompt) + 1)
+        limit = min(sampling.max_new_tokens, self.model.config.context_length - len(prompt) + 1)
         shape = Shape(
             prefill=self._bucket(len(prompt), SMALLEST_PREFILL),
             cache=self._bucket(len(prompt) + max(limit, 1) - 1, SMALLEST_CACHE),
@@ -243,7 +243,7 @@ class Engine:
         bucket = smallest
         while bucket < length:
             bucket *= 2
-        return min(bucket, self.model.config.n_positions)
+        return min(bucket, self.model.config.context_length)
 
     def _run(self, rows: "Sequence[_Row]") -> list[Completion]:
         """Returns the completions of rows of one group, at most as many as there are slots."""

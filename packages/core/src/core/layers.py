@@ -26,6 +26,13 @@ def layer_norm(
     return normal.astype(x.dtype)
 
 
+def rms_norm(x: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
+    """Returns `x` over its root mean square, in float32 inside (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    wide = x.astype(jnp.float32)
+    normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon)
+    return (normal * _rows_like(scale_D, x)).astype(x.dtype)
+
+
 def gelu_tanh(x: jax.Array) -> jax.Array:
     """GELU in its tanh form, OpenAI's `gelu_new` (Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2)."""
     return jax.nn.gelu(x, approximate=True)

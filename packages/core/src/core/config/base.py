@@ -42,6 +42,11 @@ class Config(abc.ABC):
     def axes(self) -> dict[str, int]:
         """The size of every axis letter (see `core.axes`) that the parameters use."""
 
+    @property
+    @abc.abstractmethod
+    def context_length(self) -> int:
+        """The most tokens that the model can look back on."""
+
     @abc.abstractmethod
     def tensors(self) -> dict[str, str]:
         """Every parameter's name (its path in the Flax tree, joined by dots) and axes, in the order of the files."""

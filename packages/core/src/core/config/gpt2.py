@@ -69,6 +69,10 @@ class GPT2Config(Config):
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
     @property
+    def context_length(self) -> int:
+        return self.n_positions
+
+    @property
     def axes(self) -> dict[str, int]:
         return {
             "V": self.vocab_size,

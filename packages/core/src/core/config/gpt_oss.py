@@ -119,6 +119,10 @@ class GptOssConfig(Config):
         )
 
     @property
+    def context_length(self) -> int:
+        return self.max_position_embeddings
+
+    @property
     def axes(self) -> dict[str, int]:
         sizes = {
             "V": self.vocab_size,

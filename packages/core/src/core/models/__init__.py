@@ -12,12 +12,13 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from core import checkpoint
-from core.config import Config, GPT2Config
-from core.errors import ConfigError
+from core.config import Config
 from core.kv_cache import KVCache
 from core.models.gpt2 import GPT2
+from core.models.gpt_oss import GptOss
 from core.tokenizer import Tokenizer
 
 Params = dict[str, Any]
@@ -28,12 +29,12 @@ Params = dict[str, Any]
 class Model:
     """A configuration that can be initialised and applied; hashable, so it may be a static argument of jit."""
 
-    config: GPT2Config
+    config: Config
 
     def init(self, key: jax.Array) -> Params:
-        """Returns fresh float32 parameters, drawn as GPT-2 was: N(0, initializer_range), biases zero."""
+        """Returns fresh float32 parameters: N(0, initializer_range), biases zero; packed kernels are packed."""
         tokens_BT = jnp.zeros((1, 1), jnp.int32)
-        return _init(GPT2(self.config), key, tokens_BT)["params"]
+        return _init(self._module(jnp.float32), key, tokens_BT)["params"]
 
     def apply(
         self,
@@ -47,7 +48,7 @@ class Model:
 
         Args:
           params: the parameters, of any float dtype.
-          tokens_BT: ids; T at most `config.n_positions`. One outside the vocabulary makes its sequence NaN.
+          tokens_BT: ids; T at most `config.context_length`. One outside the vocabulary makes its sequence NaN.
           dropout_key: turns dropout on, at the configuration's rates.
           dtype: of the activations and of the products.
 
@@ -55,10 +56,10 @@ class Model:
           ValueError: T is longer than the context.
         """
         B, T = tokens_BT.shape
-        if self.config.n_positions < T:
-            raise ValueError(f"{T} tokens do not fit the context of {self.config.n_positions}")
+        if self.config.context_length < T:
+            raise ValueError(f"{T} tokens do not fit the context of {self.config.context_length}")
         positions_BT = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
-        module = GPT2(self.config, jnp.dtype(dtype))
+        module = self._module(dtype)
         logits_BTV, _ = module.apply({"params": params}, tokens_BT, positions_BT, None, dropout_key)
         return logits_BTV
 
@@ -86,15 +87,21 @@ class Model:
             logits are V numbers a token, and only the last token's matter.
           dtype: of the activations and of the products.
         """
-        module = GPT2(self.config, jnp.dtype(dtype))
+        module = self._module(dtype)
         return cast(
             tuple[jax.Array, KVCache],
             module.apply({"params": params}, tokens_BT, positions_BT, cache, None, only_B),
         )
 
+    def _module(self, dtype: Any) -> nn.Module:
+        return _MODULES[self.config.family](self.config, jnp.dtype(dtype))
+
+
+_MODULES: dict[str, Any] = {"gpt2": GPT2, "gpt_oss": GptOss}
+
 
 @functools.partial(jax.jit, static_argnums=0)
-def _init(module: GPT2, key: jax.Array, tokens_BT: jax.Array) -> Any:
+def _init(module: nn.Module, key: jax.Array, tokens_BT: jax.Array) -> Any:
     return module.init(key, tokens_BT, tokens_BT)
 
 
@@ -105,7 +112,6 @@ def load(path: str | Path, dtype: Any = None) -> tuple[Model, Params, Tokenizer 
 
     Raises:
       CheckpointError: `path` is no whole model folder.
-      ConfigError: its family can be converted but not run.
       TokenizerError: its tokenizer cannot be read.
     """
     folder = checkpoint.open(path)
@@ -113,14 +119,5 @@ def load(path: str | Path, dtype: Any = None) -> tuple[Model, Params, Tokenizer 
 
 
 def build(config: Config) -> Model:
-    """Returns the model that `config` describes.
-
-    Raises:
-      ConfigError: a family that can be converted but not run.
-    """
-    if not isinstance(config, GPT2Config):
-        raise ConfigError(
-            f"this version converts {config.family} and does not run it yet; "
-            f"{GPT2Config.family} is what it runs"
-        )
+    """Returns the model that `config` describes."""
     return Model(config)

@@ -5,7 +5,6 @@ model folder and call pure functions; they hold no state. Everything that varies
 """
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,8 @@ from core import kv_cache
 from core.attention import attend
 from core.config import GPT2Config
 from core.kv_cache import KVCache
-from core.layers import ACTIVATIONS, dropout, layer_norm, linear, unembed
-
-Initializer = Callable[..., jax.Array]
+from core.layers import ACTIVATIONS, dropout, layer_norm, unembed
+from core.models.modules import Linear, Table, rows
 
 
 class GPT2(nn.Module):
@@ -41,8 +39,8 @@ class GPT2(nn.Module):
         wpe_PD = Table("embedding", (config.n_positions, config.n_embd), normal, name="wpe")()
         embed_key, blocks_key = _split(dropout_key, 2)
 
-        x_BTD = _rows(wte_VD, tokens_BT).astype(self.dtype)
-        x_BTD = x_BTD + _rows(wpe_PD, positions_BT).astype(self.dtype)
+        x_BTD = rows(wte_VD, tokens_BT).astype(self.dtype)
+        x_BTD = x_BTD + rows(wpe_PD, positions_BT).astype(self.dtype)
         x_BTD = dropout(x_BTD, config.embd_pdrop, embed_key)
         x_BTD, cache = Blocks(config, name="blocks")(x_BTD, positions_BT, cache, blocks_key)
         if only_B is not None:
@@ -66,7 +64,7 @@ class Blocks(nn.Module):
         keys = _split(dropout_key, self.config.n_layer)
         ks, vs = [], []
         for layer, key in enumerate(keys):
-            past = None if cache is None else (cache.k_BNSH[layer], cache.v_BNSH[layer])
+            past = None if cache is None else (cache.k_BKSH[layer], cache.v_BKSH[layer])
             x_BTD, (k, v) = Block(self.config, layer, name=str(layer))(
                 x_BTD, positions_BT, past, key
             )
@@ -101,7 +99,7 @@ class Attention(nn.Module):
     def __call__(self, x_BTD, positions_BT, past, dropout_key):
         config = self.config
         D, N, H = config.n_embd, config.n_head, config.head_dim
-        qkv_BT3NH = Linear(config, (D,), (3, N, H), name="qkv")(x_BTD)
+        qkv_BT3NH = _linear(config, "qkv", (D,), (3, N, H))(x_BTD)
         q_BTNH, k_BTNH, v_BTNH = (qkv_BT3NH[:, :, i] for i in range(3))
         if past is None:
             k_BNSH, v_BNSH = jnp.swapaxes(k_BTNH, 1, 2), jnp.swapaxes(v_BTNH, 1, 2)
@@ -121,7 +119,8 @@ class Attention(nn.Module):
             dropout_rate=config.attn_pdrop,
             dropout_key=dropout_key,
         )
-        return Linear(config, (N, H), (D,), residual=True, name="out")(out_BTNH), (k_BNSH, v_BNSH)
+        y_BTD = _linear(config, "out", (N, H), (D,), residual=True)(out_BTNH)
+        return y_BTD, (k_BNSH, v_BNSH)
 
 
 class MLP(nn.Module):
@@ -130,34 +129,25 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD):
         D, F = self.config.n_embd, self.config.d_ff
-        h_BTF = Linear(self.config, (D,), (F,), name="up")(x_BTD)
+        h_BTF = _linear(self.config, "up", (D,), (F,))(x_BTD)
         h_BTF = ACTIVATIONS[self.config.activation_function](h_BTF)
-        return Linear(self.config, (F,), (D,), residual=True, name="down")(h_BTF)
+        return _linear(self.config, "down", (F,), (D,), residual=True)(h_BTF)
 
 
-class Linear(nn.Module):
-    """An affine map from the axes `inputs` to the axes `outputs`.
+def _linear(
+    config: GPT2Config,
+    name: str,
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    *,
+    residual: bool = False,
+) -> Linear:
+    """An affine map as GPT-2 starts it.
 
     Those that write to the residual stream start smaller by sqrt(2 L) (the paper, section 2.3): the stream sums 2 L.
     """
-
-    config: GPT2Config
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    residual: bool = False
-
-    @nn.compact
-    def __call__(self, x):
-        std = self.config.initializer_range
-        if self.residual:
-            std /= math.sqrt(2 * self.config.n_layer)
-        kernel = self.param("kernel", nn.initializers.normal(std), self.inputs + self.outputs)
-        bias = (
-            self.param("bias", nn.initializers.zeros, self.outputs)
-            if self.config.use_bias
-            else None
-        )
-        return linear(x, kernel, bias, inputs=len(self.inputs))
+    std = config.initializer_range / (math.sqrt(2 * config.n_layer) if residual else 1)
+    return Linear(inputs, outputs, std, config.use_bias, name=name)
 
 
 class LayerNorm(nn.Module):
@@ -169,24 +159,6 @@ class LayerNorm(nn.Module):
         scale_D = self.param("scale", nn.initializers.ones, D)
         bias_D = self.param("bias", nn.initializers.zeros, D) if self.config.use_bias else None
         return layer_norm(x_BTD, scale_D, bias_D, self.config.layer_norm_epsilon)
-
-
-class Table(nn.Module):
-    """A matrix that is looked up or multiplied by: token and position embeddings, an untied head."""
-
-    leaf: str
-    shape: tuple[int, int]
-    initializer: Initializer
-
-    @nn.compact
-    def __call__(self):
-        return self.param(self.leaf, self.initializer, self.shape)
-
-
-def _rows(table: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    """The rows of `table`; NaN for an id that it does not have, because a wrong row would pass for a right one."""
-    ids_BT = jnp.where(ids_BT < 0, table.shape[0], ids_BT)  # negative ids would count from the end
-    return table.at[ids_BT].get(mode="fill", fill_value=jnp.nan)
 
 
 def _split(key: jax.Array | None, count: int):

@@ -1,0 +1,180 @@
+"""GPT-OSS (OpenAI 2025, "gpt-oss-120b & gpt-oss-20b Model Card", arXiv:2508.10925), as its code tells it.
+
+A pre-norm transformer decoder with rotary positions, grouped queries, attention sinks, a sliding window in every other
+layer, and a mixture of experts in place of the MLP. Experts may be packed (`config.quantization`), and are then never
+unpacked but one at a time.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from core import kv_cache, moe, rotary
+from core.attention import attend
+from core.config import GptOssConfig
+from core.kv_cache import KVCache
+from core.layers import rms_norm, unembed
+from core.models.modules import Linear, Table, rows
+from core.quant import MXFP4
+
+
+class GptOss(nn.Module):
+    """Tokens in, logits out; with a cache, the next tokens of sequences whose beginnings are in it."""
+
+    config: GptOssConfig
+    dtype: jnp.dtype = jnp.dtype(jnp.float32)
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        cache: KVCache | None = None,
+        dropout_key: jax.Array | None = None,
+        only_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        config = self.config
+        normal = nn.initializers.normal(config.initializer_range)
+        size = (config.vocab_size, config.hidden_size)
+        wte_VD = Table("embedding", size, normal, name="wte")()
+        x_BTD = rows(wte_VD, tokens_BT).astype(self.dtype)
+        x_BTD, cache = Blocks(config, name="blocks")(x_BTD, positions_BT, cache, dropout_key)
+        if only_B is not None:
+            x_BTD = jnp.take_along_axis(x_BTD, only_B[:, None, None], axis=1)
+        x_BTD = RMSNorm(config, name="norm_f")(x_BTD)
+        tied = config.tie_word_embeddings
+        head_VD = wte_VD if tied else Table("kernel", size, normal, name="lm_head")()
+        return unembed(x_BTD, head_VD), cache
+
+
+class Blocks(nn.Module):
+    """The residual stream through every block, "0" to "L-1"; the angles of the positions are the same in all."""
+
+    config: GptOssConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, positions_BT, cache, dropout_key):
+        turns = rotary.tables(self.config, positions_BT)
+        L = self.config.num_hidden_layers
+        keys = [None] * L if dropout_key is None else jax.random.split(dropout_key, L)
+        ks, vs = [], []
+        for layer, (window, key) in enumerate(zip(self.config.windows, keys, strict=True)):
+            past = None if cache is None else (cache.k_BKSH[layer], cache.v_BKSH[layer])
+            block = Block(self.config, window, name=str(layer))
+            x_BTD, (k, v) = block(x_BTD, positions_BT, turns, past, key)
+            ks.append(k)
+            vs.append(v)
+        return x_BTD, None if cache is None else KVCache(tuple(ks), tuple(vs))
+
+
+class Block(nn.Module):
+    config: GptOssConfig
+    window: int | None
+
+    @nn.compact
+    def __call__(self, x_BTD, positions_BT, turns, past, dropout_key):
+        attention = Attention(self.config, self.window, name="attn")
+        y_BTD = RMSNorm(self.config, name="norm_1")(x_BTD)
+        y_BTD, cached = attention(y_BTD, positions_BT, turns, past, dropout_key)
+        x_BTD = x_BTD + y_BTD
+        y_BTD = RMSNorm(self.config, name="norm_2")(x_BTD)
+        return x_BTD + MoE(self.config, name="moe")(y_BTD, trains=past is None), cached
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotated queries and keys and a learned sink a head."""
+
+    config: GptOssConfig
+    window: int | None
+
+    @nn.compact
+    def __call__(self, x_BTD, positions_BT, turns, past, dropout_key):
+        config = self.config
+        D, N, K, H = (config.axes[axis] for axis in "DNKH")
+        std = config.initializer_range
+        q_BTNH = rotary.rotate(Linear((D,), (N, H), std, name="q")(x_BTD), *turns)
+        k_BTKH = rotary.rotate(Linear((D,), (K, H), std, name="k")(x_BTD), *turns)
+        v_BTKH = Linear((D,), (K, H), std, name="v")(x_BTD)
+        if past is None:
+            k_BKSH, v_BKSH = jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(v_BTKH, 1, 2)
+        else:
+            k_BKSH = kv_cache.write(past[0], k_BTKH, positions_BT)
+            v_BKSH = kv_cache.write(past[1], v_BTKH, positions_BT)
+        out_BTNH = attend(
+            q_BTNH,
+            k_BKSH,
+            v_BKSH,
+            positions_BT=positions_BT,
+            scale=H**-0.5,
+            window=self.window,
+            sinks_N=self.param("sinks", nn.initializers.normal(std), (N,)),
+            dropout_rate=config.attention_dropout,
+            dropout_key=dropout_key,
+        )
+        return Linear((N, H), (D,), std, name="out")(out_BTNH), (k_BKSH, v_BKSH)
+
+
+class MoE(nn.Module):
+    """A router, and of E experts the few that it chooses for each token."""
+
+    config: GptOssConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, *, trains: bool):
+        config = self.config
+        D, F, E = (config.axes[axis] for axis in "DFE")
+        x_RD = x_BTD.reshape(-1, D)
+        router = Kernel((D, E), (E,), config.initializer_range, name="router")()
+        weights_RC, chosen_RC = moe.route(x_RD, *router, config.num_experts_per_tok)
+        packed, std = config.quantization is not None, config.initializer_range
+        experts = moe.Experts(
+            *Kernel((E, D, F, 2), (E, F, 2), std, packed, name="gate_up")(),
+            *Kernel((E, F, D), (E, D), std, packed, name="down")(),
+        )
+        y_RD = moe.mix(
+            x_RD,
+            weights_RC,
+            chosen_RC,
+            experts,
+            alpha=config.swiglu_alpha,
+            limit=config.swiglu_limit,
+            trains=trains,
+        )
+        return y_RD.reshape(x_BTD.shape).astype(x_BTD.dtype)
+
+
+class Kernel(nn.Module):
+    """The kernel and bias of experts or of a router; packed, the kernel is an MXFP4 of the same numbers."""
+
+    shape: tuple[int, ...]
+    bias: tuple[int, ...]
+    std: float
+    packed: bool = False
+
+    @nn.compact
+    def __call__(self) -> tuple[Any, jax.Array]:
+        kernel: Any = self.param("kernel", self._packed if self.packed else self._dense)
+        bias = self.param("bias", nn.initializers.zeros, self.bias)
+        return (MXFP4(kernel["blocks"], kernel["scales"]) if self.packed else kernel), bias
+
+    def _dense(self, key: jax.Array) -> jax.Array:
+        return nn.initializers.normal(self.std)(key, self.shape)
+
+    def _packed(self, key: jax.Array) -> dict[str, jax.Array]:
+        """Random codes, whose standard deviation is 3, under one scale that brings it near `std`."""
+        E, inputs, *outputs = self.shape
+        blocks = jax.random.bits(key, (E, *outputs, inputs // 32, 16), jnp.uint8)
+        exponent = 127 + round(math.log2(self.std / 3))
+        return {"blocks": blocks, "scales": jnp.full(blocks.shape[:-1], exponent, jnp.uint8)}
+
+
+class RMSNorm(nn.Module):
+    config: GptOssConfig
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        scale_D = self.param("scale", nn.initializers.ones, (self.config.hidden_size,))
+        return rms_norm(x_BTD, scale_D, self.config.rms_norm_eps)

@@ -1,0 +1,45 @@
+"""What the families share of Flax modules: parameters that are declared under the names of the model folder."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from core.layers import linear
+
+Initializer = Callable[..., jax.Array]
+
+
+class Linear(nn.Module):
+    """An affine map from the axes `inputs` to the axes `outputs`; its kernel starts as N(0, std)."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    std: float
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        normal = nn.initializers.normal(self.std)
+        kernel = self.param("kernel", normal, self.inputs + self.outputs)
+        bias = self.param("bias", nn.initializers.zeros, self.outputs) if self.use_bias else None
+        return linear(x, kernel, bias, inputs=len(self.inputs))
+
+
+class Table(nn.Module):
+    """A matrix that is looked up or multiplied by: token and position embeddings, an untied head."""
+
+    leaf: str
+    shape: tuple[int, int]
+    initializer: Initializer
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param(self.leaf, self.initializer, self.shape)
+
+
+def rows(table: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """Returns the rows of `table`; NaN for an id that it has not, because a wrong row would pass for a right one."""
+    ids_BT = jnp.where(ids_BT < 0, table.shape[0], ids_BT)  # negative ids would count from the end
+    return table.at[ids_BT].get(mode="fill", fill_value=jnp.nan)

@@ -1,0 +1,44 @@
+"""Weights stored in fewer bits, decoded where they are used.
+
+MXFP4 (OCP Microscaling Formats 1.0, 2023): 32 consecutive numbers of the contracted axis share a scale, a power of two;
+each is four bits (E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives), two to a byte, the first in the low half.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class MXFP4(NamedTuple):
+    """A kernel of expert after expert: axis Q counts blocks of 32 along the contracted axis, Y the 16 bytes of one.
+
+    `scales` are exponents with a bias of 127; 255 is no number, and conversion refuses it.
+    """
+
+    blocks_EOQY: jax.Array  # uint8; O stands for one or several output axes
+    scales_EOQ: jax.Array  # uint8
+
+    def expert(self, index: jax.Array | int) -> "MXFP4":
+        """Returns one expert's kernel, still packed."""
+        return MXFP4(self.blocks_EOQY[index], self.scales_EOQ[index])
+
+    def decode(self, dtype=jnp.bfloat16) -> jax.Array:
+        """Returns the kernel with its output axes first, [..., O, 32 Q].
+
+        Exact in bfloat16 and wider: two bits of significand and a power of two. (What is below 2**-126 in magnitude,
+        and so subnormal, is zero: XLA's arithmetic has no subnormals on a CPU.)
+        """
+        codes = jax.lax.bitcast_convert_type(self.blocks_EOQY, jnp.float4_e2m1fn).astype(dtype)
+        codes = codes.reshape(*self.scales_EOQ.shape, 32)
+        # In two steps, because 2**-127 is itself subnormal.
+        half = self.scales_EOQ // 2
+        values = codes * _power(half + 64, dtype)[..., None]
+        values = values * _power(self.scales_EOQ - half + 63, dtype)[..., None]
+        return values.reshape(*self.scales_EOQ.shape[:-1], -1)
+
+
+def _power(biased: jax.Array, dtype) -> jax.Array:
+    """Returns 2 ** (biased - 127) of normal exponents, from the bits."""
+    bits = biased.astype(jnp.uint16) << 7
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(dtype)
