@@ -1,7 +1,7 @@
 """A small Hugging Face hub on this machine: the protocol that `huggingface_hub` speaks, and ways for it to break.
 
 Repositories are dicts of revision to files. Weights answer as LFS files do: `resolve` redirects to a storage address,
-which serves ranges. Every request is noted.
+which serves ranges. Every request is noted. Plain files are served beside them, as a bucket does, under /files/.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 @dataclasses.dataclass
@@ -22,21 +22,34 @@ class Hub:
     """What is served and what was asked.
 
     `cuts` are consumed one a storage request: the connection ends after so many bytes, with a reset instead of an
-    orderly close if `resets`. With a `stall` it first stays open without a byte more until that event.
+    orderly close if `resets`. With a `stall` it first stays open without a byte more until that event. Of the plain
+    `files` only those of a megabyte or more are cut; `claimed` are sizes that a HEAD gives for them and a GET does not.
     """
 
-    repos: dict[str, dict[str, dict[str, bytes]]]
-    branches: dict[str, str]
+    repos: dict[str, dict[str, dict[str, bytes]]] = dataclasses.field(default_factory=dict)
+    branches: dict[str, str] = dataclasses.field(default_factory=dict)
+    files: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    claimed: dict[str, int] = dataclasses.field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = dataclasses.field(default_factory=list)
     cuts: list[int] = dataclasses.field(default_factory=list)
     stall: threading.Event | None = None
     resets: bool = False
     refuses: bool = False
+    ignores_ranges: bool = False
+    authorizations: set[str] = dataclasses.field(default_factory=set)
     endpoint: str = ""
 
     def storage_requests(self) -> list[str | None]:
         """The Range headers of the requests for weights, in order."""
         return [range_ for method, path, range_ in self.requests if path.startswith("/storage/")]
+
+    def downloads(self) -> list[tuple[str, str | None]]:
+        """The plain files that were sent, with the Range headers that asked for them."""
+        return [
+            (path.removeprefix("/files/"), range_)
+            for method, path, range_ in self.requests
+            if method == "GET" and path.startswith("/files/")
+        ]
 
     def resolved(self) -> list[str]:
         """The "revision/file" of every file asked for."""
@@ -57,12 +70,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
+        self.hub.authorizations.add(self.headers.get("Authorization") or "")
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             self._info(match[1], match[2] or "main")
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._resolve(*match.groups())
         elif match := re.fullmatch(r"/storage/([0-9a-f]{64})", path):
             self._storage(match[1])
+        elif (name := path.removeprefix("/files/")) in self.hub.files:
+            data = self.hub.files[name]
+            self._ranged(data, breakable=len(data) >= 1_000_000, claimed=self.hub.claimed.get(name))
         else:
             self._answer(404)
 
@@ -83,7 +100,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if data is None:
             return self._answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         headers = {"X-Repo-Commit": commit}
-        if not name.endswith(".safetensors"):
+        if not name.endswith((".safetensors", ".bin")):
             blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
             return self._answer(200, {**headers, "ETag": f'"{blob}"'}, data)
         digest = hashlib.sha256(data).hexdigest()
@@ -93,8 +110,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._answer(302, {**headers, **linked, "Location": location})
 
     def _storage(self, digest: str) -> None:
-        if self.hub.refuses:
-            return self._answer(503)
         data = next(
             data
             for revisions in self.hub.repos.values()
@@ -102,11 +117,21 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             for data in files.values()
             if hashlib.sha256(data).hexdigest() == digest
         )
+        self._ranged(data, breakable=True)
+
+    def _ranged(self, data: bytes, *, breakable: bool, claimed: int | None = None) -> None:
+        if self.hub.refuses:
+            return self._answer(503)
+        if claimed is not None and self.command == "HEAD":
+            return self._answer(200, {"Content-Length": str(claimed)})
         start = 0
-        if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        if asked and self.hub.ignores_ranges:
+            asked = None
+        if asked:
             start = int(asked[1])
         headers = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if asked else {}
-        return self._answer(206 if asked else 200, headers, data[start:], breakable=True)
+        return self._answer(206 if asked else 200, headers, data[start:], breakable=breakable)
 
     def _answer(
         self,
@@ -117,7 +142,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         breakable: bool = False,
     ) -> None:
         self.send_response(status)
-        for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
@@ -136,6 +161,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 )
                 self.connection.close()
             self.close_connection = True
+
+
+def wait_for(happened: Callable[[], object], timeout_s: float = 30) -> None:
+    """Returns when `happened` is true, which must be soon."""
+    end = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager

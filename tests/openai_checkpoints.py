@@ -1,5 +1,7 @@
 """A tiny GPT-2 in OpenAI's names and shapes, whose every value follows from a formula: no file has to be trusted."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 V, P, D, L, N = 97, 61, 24, 2, 4
@@ -7,18 +9,19 @@ H = D // N
 HPARAMS = {"n_vocab": V, "n_ctx": P, "n_embd": D, "n_head": N, "n_layer": L}
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
+def shapes(hparams: Mapping[str, int] = HPARAMS) -> dict[str, tuple[int, ...]]:
     """The variables of OpenAI's model.py in the order in which it creates them."""
-    shapes: dict[str, tuple[int, ...]] = {"model/wpe": (P, D), "model/wte": (V, D)}
-    for i in range(L):
+    vocab, positions, d = (hparams[key] for key in ("n_vocab", "n_ctx", "n_embd"))
+    shapes: dict[str, tuple[int, ...]] = {"model/wpe": (positions, d), "model/wte": (vocab, d)}
+    for i in range(hparams["n_layer"]):
         h = f"model/h{i}/"
-        shapes |= {f"{h}ln_1/g": (D,), f"{h}ln_1/b": (D,)}
-        shapes |= {f"{h}attn/c_attn/w": (1, D, 3 * D), f"{h}attn/c_attn/b": (3 * D,)}
-        shapes |= {f"{h}attn/c_proj/w": (1, D, D), f"{h}attn/c_proj/b": (D,)}
-        shapes |= {f"{h}ln_2/g": (D,), f"{h}ln_2/b": (D,)}
-        shapes |= {f"{h}mlp/c_fc/w": (1, D, 4 * D), f"{h}mlp/c_fc/b": (4 * D,)}
-        shapes |= {f"{h}mlp/c_proj/w": (1, 4 * D, D), f"{h}mlp/c_proj/b": (D,)}
-    return shapes | {"model/ln_f/g": (D,), "model/ln_f/b": (D,)}
+        shapes |= {f"{h}ln_1/g": (d,), f"{h}ln_1/b": (d,)}
+        shapes |= {f"{h}attn/c_attn/w": (1, d, 3 * d), f"{h}attn/c_attn/b": (3 * d,)}
+        shapes |= {f"{h}attn/c_proj/w": (1, d, d), f"{h}attn/c_proj/b": (d,)}
+        shapes |= {f"{h}ln_2/g": (d,), f"{h}ln_2/b": (d,)}
+        shapes |= {f"{h}mlp/c_fc/w": (1, d, 4 * d), f"{h}mlp/c_fc/b": (4 * d,)}
+        shapes |= {f"{h}mlp/c_proj/w": (1, 4 * d, d), f"{h}mlp/c_proj/b": (d,)}
+    return shapes | {"model/ln_f/g": (d,), "model/ln_f/b": (d,)}
 
 
 def values(shape: tuple[int, ...], seed: int) -> np.ndarray:
@@ -34,9 +37,9 @@ def values(shape: tuple[int, ...], seed: int) -> np.ndarray:
     )
 
 
-def tensors() -> dict[str, np.ndarray]:
+def tensors(hparams: Mapping[str, int] = HPARAMS) -> dict[str, np.ndarray]:
     """Every variable, by OpenAI's name."""
-    return {name: values(shape, seed) for seed, (name, shape) in enumerate(shapes().items())}
+    return {name: values(shape, seed) for seed, (name, shape) in enumerate(shapes(hparams).items())}
 
 
 def as_hf(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
