@@ -298,6 +298,14 @@ class TestMxfp4:
         error = str(refused(source, tmp_path, experts=experts))
         assert f"{stored}: the scale at {place} is 255" in error
 
+    def test_the_place_counts_from_the_first_of_a_tensor_s_parts(self):
+        scales = np.full((4, 5, 6), 120, np.uint8)
+        scales[3, 1, 2] = 255
+        with pytest.raises(ConvertError, match=r"x: the scale at \[3, 1, 2\] is 255"):
+            list(mxfp4.checked(iter(scales), "x", scales.shape))
+        scales[3, 1, 2] = 254
+        assert np.array_equal(list(mxfp4.checked(iter(scales), "x", scales.shape)), scales)
+
     def test_experts_beyond_float16_are_told(self, tmp_path: Path):
         weights = oss.packed()
         weights[f"{GATE_UP}_blocks"][0, 0, 0, 0] = 0x07
