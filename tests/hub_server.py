@@ -69,12 +69,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
+        refuses = (
+            self.hub.refuses
+        )  # before the request is noted, so that a test can let one pass and refuse the next
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
         self.hub.authorizations.add(self.headers.get("Authorization") or "")
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             self._info(match[1], match[2] or "main")
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._resolve(*match.groups())
+        elif refuses and path.startswith(("/storage/", "/files/")):
+            self._answer(503)
         elif match := re.fullmatch(r"/storage/([0-9a-f]{64})", path):
             self._storage(match[1])
         elif (name := path.removeprefix("/files/")) in self.hub.files:
@@ -120,8 +125,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._ranged(data, breakable=True)
 
     def _ranged(self, data: bytes, *, breakable: bool, claimed: int | None = None) -> None:
-        if self.hub.refuses:
-            return self._answer(503)
         if claimed is not None and self.command == "HEAD":
             return self._answer(200, {"Content-Length": str(claimed)})
         start = 0
