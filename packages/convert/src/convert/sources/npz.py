@@ -118,7 +118,7 @@ def _dotted(tensors: dict[str, SourceTensor]) -> dict[str, SourceTensor]:
     """Returns the tensors by names joined by dots, where all are paths joined by slashes."""
     if any("." in name for name in tensors):
         return tensors
-    return {name.replace("/", "."): tensor for name, tensor in tensors.items()}
+    return params_tree.renamed(tensors, lambda name: name.replace("/", "."))
 
 
 def _tensor(

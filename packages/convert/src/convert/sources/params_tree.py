@@ -4,7 +4,8 @@ Such a file says nothing of the model but its names and shapes. It may hold a wh
 parameters are one part.
 """
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,25 @@ def parameters(
 
     Where nothing is called so, all are parameters.
     """
-    inside = {
-        name.removeprefix(f"{PARAMS}."): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(f"{PARAMS}.")
-    }
+    top = f"{PARAMS}."
+    inside = renamed(
+        {n: tensor for n, tensor in tensors.items() if n.startswith(top)},
+        lambda name: name.removeprefix(top),
+    )
     if not inside:
         return dict(tensors), ()
-    outside = [name for name in tensors if not name.startswith(f"{PARAMS}.")]
+    outside = [name for name in tensors if not name.startswith(top)]
     if not outside:
         return inside, ()
     kinds = ", ".join(sorted({name.split(".")[0] for name in outside}))
     return inside, (f"{len(outside)} tensors beside {PARAMS!r} are left out: {kinds}",)
+
+
+def renamed(
+    tensors: Mapping[str, SourceTensor], rename: Callable[[str], str]
+) -> dict[str, SourceTensor]:
+    """Returns the tensors by other names."""
+    return {
+        rename(name): dataclasses.replace(tensor, name=rename(name))
+        for name, tensor in tensors.items()
+    }

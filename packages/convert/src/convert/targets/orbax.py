@@ -4,7 +4,9 @@ Orbax gives all leaves of a tree to one call, and holds them twice while it save
 arrays). So the arrays are written through TensorStore, slice by slice, as Orbax lays them out, and its metadata beside.
 """
 
+import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import numpy as np
 
 from convert.targets import params_folder
 from core.checkpoint import ModelFolder
-from core.checkpoint import parts as in_parts
+from core.shards import PART_BYTES
 
 IS_FILE = False
 
@@ -54,7 +56,7 @@ def is_own(path: Path) -> bool:
 def _write_array(out: Path, name: str, array: np.ndarray, on_bytes: Callable[[int], None]) -> None:
     import tensorstore
 
-    parts = list(in_parts(array))
+    chunk = chunk_shape(array.shape, array.itemsize)
     base = {"driver": "file", "path": f"{out.absolute()}/", "file_io_sync": False}
     spec = {
         "driver": "zarr",
@@ -62,7 +64,7 @@ def _write_array(out: Path, name: str, array: np.ndarray, on_bytes: Callable[[in
         "store_data_equal_to_fill_value": True,
         "metadata": {
             "shape": list(array.shape),
-            "chunks": list(parts[0].shape),
+            "chunks": list(chunk),
             "dtype": _NAMES[array.dtype.name],
             "compressor": {"id": "zstd", "level": 1},
             "dimension_separator": ".",
@@ -73,12 +75,27 @@ def _write_array(out: Path, name: str, array: np.ndarray, on_bytes: Callable[[in
     }
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
     store: Any = tensorstore.open(spec, context=context, create=True).result()
-    start = 0
-    for part in parts:
-        end = start + part.shape[0]
-        store[start:end].write(part).result()
-        on_bytes(part.nbytes)
-        start = end
+    starts = (range(0, size, step) for size, step in zip(array.shape, chunk, strict=True))
+    for corner in itertools.product(*starts):
+        ends = (min(at + step, n) for at, step, n in zip(corner, chunk, array.shape, strict=True))
+        where = tuple(map(slice, corner, ends))
+        store[where].write(array[where]).result()
+        on_bytes(array[where].nbytes)
+
+
+def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Returns the shape of the chunks of an array: consecutive in memory, and no larger than a part.
+
+    >>> chunk_shape((40, 3, 8), itemsize=PART_BYTES // 20)
+    (1, 2, 8)
+    """
+    chunk = list(shape)
+    for axis in range(len(shape)):
+        row_bytes = math.prod(shape[axis + 1 :]) * itemsize
+        chunk[axis] = min(shape[axis], max(1, PART_BYTES // row_bytes))
+        if row_bytes <= PART_BYTES:
+            break
+    return tuple(chunk)
 
 
 def _metadata(folder: ModelFolder) -> dict[str, Any]:
