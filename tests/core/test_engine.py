@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import tiny
 from core import decode
 from core import engine as engine_lib
 from core.engine import Completion, Engine, Event, Request, RequestError
+from core.models import build
 from core.sampling import Sampling
 from core.tokenizer import Tokenizer
 
@@ -237,6 +239,15 @@ def test_eos_ends_the_text_and_is_a_token_but_no_text(engine):
     assert ignored.finish_reason == "length"
     assert ignored.tokens == (*engine.tokenizer.encode("bcd"), eos, eos)
     assert ignored.text == "bcd<|endoftext|><|endoftext|>"
+
+
+def test_any_of_several_ends_of_text_ends_it(engine):
+    letters = engine.tokenizer.encode("bcdefghi")
+    config = dataclasses.replace(engine.model.config, eos_token_id=(letters[5], letters[3]))
+    sampler = scripted("bcdefghi", engine.tokenizer)
+    scripts = Engine(build(config), engine.params, engine.tokenizer, slots=2, sampler=sampler)
+    (ended,) = complete(scripts, [Request("a")])
+    assert (ended.finish_reason, ended.tokens) == ("eos", tuple(letters[:4]))
 
 
 def test_rows_of_a_padded_vocabulary_are_never_drawn(engine):
