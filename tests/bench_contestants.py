@@ -3,12 +3,25 @@
 import sys
 from typing import Any
 
-from bench import workloads
+from bench import shapes, workloads
 from bench.peers.contestants import Contestant
 
-KINDS: frozenset[workloads.Kind] = frozenset({"forward", "prefill", "decode", "train", "open"})
-TINY = workloads.Shape(
+KINDS: frozenset[workloads.Kind] = frozenset(
+    {"forward", "prefill", "decode", "train", "open", "load", "convert"}
+)
+TINY = shapes.Shape(
     name="tiny", n_layer=2, n_head=3, n_embd=24, n_positions=40, vocab_size=61, activation="gelu"
+)
+TINY_GPT_OSS = shapes.GptOssShape(
+    name="tiny-oss",
+    n_layer=3,
+    n_experts=5,
+    vocab_size=61,
+    width=64,
+    n_head=4,
+    n_kv_head=2,
+    head_dim=14,
+    n_positions=8192,
 )
 
 
@@ -19,9 +32,11 @@ def workload(kind: workloads.Kind, *, rounds: int = 3, **sizes: Any) -> workload
         "decode": (3, 9, 5),
         "train": (4, 13, 0),
         "open": (1, 5, 0),
+        "load": (1, 1, 0),
+        "convert": (1, 1, 0),
     }[kind]
-    sizes = {"batch": batch, "length": length, "new_tokens": new_tokens} | sizes
-    return workloads.Workload(name=f"{kind}-tiny", kind=kind, shape=TINY, rounds=rounds, **sizes)
+    sizes = {"batch": batch, "length": length, "new_tokens": new_tokens, "shape": TINY} | sizes
+    return workloads.Workload(name=f"{kind}-tiny", kind=kind, rounds=rounds, **sizes)
 
 
 # Sleeps as long as its first argument says and computes its second.
@@ -63,6 +78,36 @@ class Slowed(ours.Flaxmill):
         return task
 
 protocol.serve(Slowed())
+"""
+
+
+# Our own worker, whose converter does what its first argument says before it begins.
+BURDENED = """
+import sys
+from bench.peers import jobs, ours, protocol
+
+jobs.MARKED = jobs.MARKED.replace("import runpy", f"import runpy, time\\n{sys.argv[1]}")
+protocol.serve(ours.Flaxmill())
+"""
+
+# Copies the checkpoint, and then does to the copy what its first argument says.
+COPIER = """
+import pathlib, shutil, sys
+from bench.peers import jobs, protocol
+
+def convert(weights, out):
+    shutil.copytree(weights, out)
+    exec(sys.argv[1])
+    return jobs.run(["true"])
+
+class Copier:
+    def hello(self):
+        return {"versions": {}, "threads": 1, "device": "cpu"}
+
+    def prepare(self, workload, weights):
+        return jobs.Conversion(workload, weights, convert)
+
+protocol.serve(Copier())
 """
 
 

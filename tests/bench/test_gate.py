@@ -1,11 +1,13 @@
+import dataclasses
 import re
 
 import pytest
 
 from bench import gate
-from bench.driver import Row, Status
-from bench.gate import Threshold
+from bench.driver import Row, Shared, Status
+from bench.gate import MemoryLimit, ShareLimit, Threshold
 from bench.peers.contestants import OURS
+from bench.peers.protocol import Usage
 from bench.workloads import CI, FULL
 
 WORKLOAD = CI[0]
@@ -49,6 +51,42 @@ def test_what_was_not_measured_is_not_judged_and_says_so(rows, reason):
     assert (found.outcome, found.reason) == ("not judged", reason)
 
 
+def used(*peaks_mb: float | None) -> tuple[Usage, ...]:
+    return tuple(
+        Usage(
+            seconds=1.0,
+            command_s=1.5,
+            idle_bytes=50_000_000,
+            peak_bytes=None if peak is None else int(1e6 * peak),
+            disk_bytes=0,
+        )
+        for peak in peaks_mb
+    )
+
+
+@pytest.mark.parametrize(
+    ("peaks_mb", "outcome", "found"),
+    [
+        ((120.0, 250.0), "passed", "200 MB of memory"),
+        ((120.0, 251.0, 100.0), "failed", "201 MB of memory"),
+        ((None, None), "not judged", ""),
+    ],
+)
+def test_the_highest_peak_above_the_idle_process_is_what_a_memory_limit_judges(
+    peaks_mb, outcome, found
+):
+    ours = dataclasses.replace(row(OURS, 1), usages=used(*peaks_mb))
+    (verdict,) = gate.judge([ours], [MemoryLimit(WORKLOAD.name, 200)])
+    assert (verdict.outcome, verdict.found) == (outcome, found)
+
+
+@pytest.mark.parametrize(("together", "outcome"), [(510, "passed"), (990, "failed")])
+def test_a_copy_for_each_process_is_caught(together, outcome):
+    ours = dataclasses.replace(row(OURS, 1), shared=Shared(1000, together))
+    (verdict,) = gate.judge([ours], [ShareLimit(WORKLOAD.name, 0.6)])
+    assert verdict.outcome == outcome
+
+
 def test_workloads_without_a_threshold_get_no_verdict():
     assert gate.judge([row(OURS, 1), row("peer", 9)], [Threshold("decode-.*", "peer", 1)]) == []
 
@@ -68,6 +106,8 @@ def test_every_ci_workload_is_guarded_and_no_threshold_is_idle():
     [
         ('[[threshold]]\nworkload = "decod-.*"\nagainst = "x"\nat_least = 1', "'decod-.*'"),
         ('[[threshold]]\nworkload = "decode-.*"\nat_least = 1', "against"),
+        ('[[memory]]\nworkload = "convert-124M"\nat_most_gb = 1', "at_most_gb"),
+        ('[[limit]]\nworkload = "convert-124M"', "limit"),
         ("[[threshold", "toml"),
     ],
 )

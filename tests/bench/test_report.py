@@ -4,12 +4,14 @@ import json
 import pytest
 
 from bench import gate, report, run
-from bench.driver import Row
+from bench.driver import Row, Shared
 from bench.peers.contestants import OURS
+from bench.peers.protocol import Usage
 from bench.workloads import CI
 
-FORWARD, DECODE, TRAIN, OPEN = (
-    next(w for w in CI if w.kind == kind) for kind in ("forward", "decode", "train", "open")
+FORWARD, DECODE, TRAIN, OPEN, CONVERT = (
+    next(w for w in CI if w.kind == kind)
+    for kind in ("forward", "decode", "train", "open", "convert")
 )
 
 
@@ -130,7 +132,7 @@ def test_disagreement_our_own_breakage_and_the_gate_fail_the_command_but_a_broke
     assert found.failures == [
         f"{TRAIN.name}: torch eager wrong: losses[1] is 4.5 instead of 4.2",
         f"{OPEN.name}: {OURS} failed: killed by SIGKILL",
-        f"{DECODE.name}: 0.50x as fast as HF generate, at least 0.9x is asked for",
+        f"{DECODE.name}: 0.50x (0.50-0.50), asked for at least 0.9x of HF generate",
     ]
 
 
@@ -154,6 +156,39 @@ def test_a_busy_machine_is_said_to_be_one(found):
     page = report.markdown(dataclasses.replace(found, rows=rows))
     assert "others used up to 40%" in page
     assert "on a busy machine" in page
+
+
+def test_work_in_processes_of_its_own_tells_memory_whole_commands_sharing_and_the_disk(found):
+    def usage(command_s: float, peak_mb: int, disk_bytes: int = 0) -> Usage:
+        return Usage(
+            seconds=1.0,
+            command_s=command_s,
+            idle_bytes=10**7,
+            peak_bytes=10**7 + peak_mb * 10**6,
+            disk_bytes=disk_bytes,
+        )
+
+    rows = (
+        row(
+            CONVERT,
+            OURS,
+            turns=turns(1.0, 1.0),
+            usages=(usage(1.5, 61), usage(2.5, 84)),
+            shared=Shared(400_000_000, 200_000_000),
+        ),
+        row(
+            CONVERT,
+            "transformers",
+            turns=turns(2.0, 2.0),
+            usages=(usage(8.0, 700, 3 * 10**8),),
+        ),
+    )
+    page = report.markdown(dataclasses.replace(found, rows=rows))
+    assert "| 84 MB |" in page
+    assert "included: flaxmill 2 s, transformers 8 s (4.00x)" in page
+    assert f"{OURS} has 400 MB of it alone, 200 MB in each of two processes" in page
+    assert "transformers had 0.3 GB from the disk, not from the cache" in page
+    assert "flaxmill had" not in page
 
 
 def test_a_report_without_any_measurement_can_be_written(found, tmp_path):

@@ -5,9 +5,12 @@ import sys
 
 import pytest
 
-from bench.workloads import FULL, GPT2_124M, SUITES, Workload
-from core.config import GPT2Config
+from bench import shapes
+from bench.shapes import GPT2_124M
+from bench.workloads import FULL, SUITES, Workload
+from core.config import PRESETS, GPT2Config, GptOssConfig
 
+DECODE = next(i for i, w in enumerate(FULL) if w.kind == "decode")
 EVERY = {w.name: w for suite in SUITES.values() for w in suite}
 
 
@@ -31,11 +34,11 @@ def test_a_workload_fits_its_model_and_survives_json(workload: Workload):
 
 
 def test_every_process_draws_the_same_tokens():
-    code = f"from bench.workloads import FULL; print(FULL[{len(FULL) - 3}].tokens())"
+    code = f"from bench.workloads import FULL; print(FULL[{DECODE}].tokens())"
     other = subprocess.run(
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
     )
-    assert json.loads(other.stdout) == FULL[-3].tokens()
+    assert json.loads(other.stdout) == FULL[DECODE].tokens()
 
 
 def test_the_124m_shape_is_gpt2():
@@ -47,6 +50,7 @@ def test_the_small_shapes_have_the_sizes_in_their_names():
     counts = {
         w.shape.name: GPT2Config.from_hf(w.shape.hf_config()).parameter_count
         for w in EVERY.values()
+        if isinstance(w.shape, shapes.Shape)
     }
     assert f"{counts['3.4M'] / 1e6:.1f}M" == "3.4M"
     assert f"{counts['0.8M'] / 1e6:.1f}M" == "0.8M"
@@ -76,3 +80,32 @@ def test_tokens_per_second_counts_every_row():
     workload = EVERY["decode-124M-b8-n32"]
     assert (workload.figure(2.0), workload.unit) == (128.0, "tokens/s")
     assert EVERY["forward-124M-t64"].figure(0.25) == 250.0
+
+
+def test_a_conversion_counts_the_gigabytes_that_it_reads():
+    workload = EVERY["convert-XL"]
+    assert workload.unit == "GB/s"
+    assert workload.figure(2.0) == pytest.approx(shapes.nbytes(shapes.GPT2_XL) / 2e9)
+    assert workload.output_bytes == workload.source_bytes
+
+
+def test_unpacked_experts_are_written_in_their_own_size():
+    workload = EVERY["convert-20B-bfloat16"]
+    assert (workload.source_bytes, workload.output_bytes) == (13_761_264_768, 41_829_514_368)
+
+
+def test_the_large_shapes_are_the_published_models():
+    ours = GPT2Config.from_hf(shapes.GPT2_XL.hf_config())
+    assert ours.tensors() == PRESETS["gpt2-xl"].tensors()
+    assert ours.axes == PRESETS["gpt2-xl"].axes
+    ours = GptOssConfig.from_hf(shapes.GPT_OSS_20B.hf_config())
+    published = PRESETS["gpt-oss-20b"]
+    assert ours == dataclasses.replace(published, eos_token_id=None, pad_token_id=None)
+    # The bytes of the hub's files without their headers, and the numbers of their tensors.
+    for shape, size, count in (
+        (shapes.GPT2_124M, 548_090_880, 160),
+        (shapes.GPT2_XL, 6_431_771_392, 628),
+        (shapes.GPT_OSS_20B, 13_761_264_768, 459),
+    ):
+        assert shapes.nbytes(shape) == size
+        assert sum(len(tensors) for tensors in shape.hf_files().values()) == count

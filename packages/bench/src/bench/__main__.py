@@ -25,6 +25,11 @@ _OUT = flags.DEFINE_string(
 _ONLY = flags.DEFINE_string(
     "only", "", "Only workloads whose name this regular expression is found in."
 )
+_KEEP = flags.DEFINE_bool(
+    "keep",
+    False,
+    "Keeps the checkpoints that are made (full: 28 GB) in --out/checkpoints for the next run.",
+)
 
 
 def main() -> None:
@@ -47,6 +52,7 @@ def main() -> None:
         command=_command(),
         date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         out=Path(_OUT.value),
+        keep=_KEEP.value,
     )
     print("written: " + ", ".join(str(path) for path in paths), file=sys.stderr)
     if failures:

@@ -7,24 +7,44 @@ the same one. What goes wrong in a contestant becomes a row with its reason; the
 import contextlib
 import dataclasses
 import math
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from bench import comparison, machine, weights
+from bench import comparison, machine, shapes, weights
 from bench.peers.contestants import Contestant
 from bench.peers.process import Worker, WorkerError
-from bench.workloads import Shape, Workload
+from bench.peers.protocol import Usage
+from bench.shapes import AnyShape
+from bench.workloads import Kind, Workload
 
 Status = Literal["measured", "wrong", "failed", "not run"]
+
+COMPUTES: frozenset[Kind] = frozenset({"forward", "prefill", "decode", "train"})
 
 TURN_S = 0.3  # long enough that the clock and the first cold call weigh nothing
 MAX_REPEATS = 100
 TIMEOUT_S = 300.0
 PATIENCE_S = 60.0  # for the turns of one workload; beyond it, no more rounds than LEAST_ROUNDS
 LEAST_ROUNDS = 3
+SLOWEST_BYTES_PER_S = 60e6  # of whoever reads and writes a checkpoint; below it, it hangs
+SPARE_BYTES = 10**9  # of the disk, left to others
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """The memory that a process has because of a model: alone, and its part while another has the same model open."""
+
+    alone_bytes: int
+    together_bytes: int
+
+    @property
+    def share(self) -> float:
+        """A half, where the two share one copy; 1 where each has its own."""
+        return self.together_bytes / self.alone_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +53,7 @@ class Row:
 
     "wrong" disagrees with the reference, "failed" broke, "not run" has no environment; `reason` says more. `neighbours`
     is the share of all cores that others used meanwhile: on a busy machine threads that wait for each other starve.
+    Work that has a process of its own has `usages` too, one for each call of the turns.
     """
 
     workload: Workload
@@ -43,6 +64,15 @@ class Row:
     difference: float | None = None
     neighbours: float | None = None
     turns: tuple[tuple[float, ...], ...] = ()
+    usages: tuple[Usage, ...] = ()
+    shared: Shared | None = None
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The most that any call added to the anonymous memory of its process; None where it was not measured."""
+        found = [usage.memory_bytes for usage in self.usages]
+        known = [count for count in found if count is not None]
+        return max(known, default=None)
 
     @property
     def samples(self) -> list[float]:
@@ -51,7 +81,10 @@ class Row:
 
 
 class Field:
-    """The contestants and their processes: started when first needed, and again after a loss."""
+    """The contestants and their processes: started when first needed, and again after a loss.
+
+    Checkpoints are made in `kept`, where they stay for the next run, or else in `scratch`.
+    """
 
     def __init__(
         self,
@@ -60,6 +93,7 @@ class Field:
         env: Mapping[str, str],
         scratch: Path,
         logs: Path,
+        kept: Path | None = None,
         timeout_s: float = TIMEOUT_S,
         turn_s: float = TURN_S,
         patience_s: float = PATIENCE_S,
@@ -68,7 +102,7 @@ class Field:
         self.hellos: dict[str, dict[str, Any]] = {}
         self._env, self._scratch, self._logs, self._timeout_s = env, scratch, logs, timeout_s
         self._workers: dict[str, Worker] = {}
-        self._weights: dict[Shape, Path] = {}
+        self._weights, self._keeps = kept or scratch / "weights", kept is not None
 
     def __enter__(self) -> "Field":
         return self
@@ -77,14 +111,17 @@ class Field:
         for worker in self._workers.values():
             worker.close()
 
-    def ask(self, contestant: Contestant, do: str, **arguments: Any) -> dict[str, Any]:
-        """Passes a request on to the contestant's process.
+    def ask(
+        self, contestant: Contestant, do: str, *, more_s: float = 0.0, **arguments: Any
+    ) -> dict[str, Any]:
+        """Passes a request on to the contestant's process, which has `more_s` beyond the time for any request.
 
         Raises:
           WorkerError: with the reason; a lost process is started anew by the next request.
         """
         try:
-            return self._worker(contestant).ask(do, timeout_s=self._timeout_s, **arguments)
+            worker = self._worker(contestant)
+            return worker.ask(do, timeout_s=self._timeout_s + more_s, **arguments)
         except WorkerError as error:
             if error.lost:
                 self._workers.pop(contestant.name, None)
@@ -101,18 +138,45 @@ class Field:
             self.hellos[contestant.name] = worker.ask("hello", timeout_s=self._timeout_s)
         return self._workers[contestant.name]
 
-    def weights(self, shape: Shape) -> Path:
+    def weights(self, shape: AnyShape) -> Path:
         """Returns the folder with this shape's weights, written on first use."""
-        if shape not in self._weights:
-            self._weights[shape] = weights.write(self._scratch / "weights" / shape.name, shape)
-        return self._weights[shape]
+        folder = self._folder(shape) / "huggingface"
+        return folder if folder.exists() else weights.write(folder, shape)
+
+    def _folder(self, shape: AnyShape) -> Path:
+        return self._weights / shapes.slug(shape)
+
+    def release(self, shape: AnyShape) -> None:
+        """Removes what the workloads of this shape have left on the disk, but for a checkpoint that is kept."""
+        folder = self._folder(shape)
+        if not self._keeps:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif folder.exists():
+            for path in folder.iterdir():
+                if path.name != "huggingface":
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def obstacle(self, workload: Workload) -> str:
+        """Says what of the disk a workload lacks; "" if there is enough."""
+        place = self._folder(workload.shape)
+        written = {"convert": workload.output_bytes}.get(workload.kind, workload.source_bytes)
+        needed = SPARE_BYTES
+        if not (place / "huggingface").exists():
+            needed += workload.source_bytes
+        if workload.kind == "convert" or not (place / "flaxmill").exists():
+            needed += written
+        self._weights.mkdir(parents=True, exist_ok=True)
+        free = min(shutil.disk_usage(path).free for path in (self._weights, self._scratch))
+        if free >= needed:
+            return ""
+        return f"needs {needed / 1e9:.1f} GB of the disk, {free / 1e9:.1f} GB free"
 
 
 def ceilings(field: Field) -> dict[str, dict[str, float]]:
     """Returns the rates that each contestant reaches on this machine, without those that cannot say."""
     rates: dict[str, dict[str, float]] = {}
     for contestant in field.contestants:
-        if contestant.absent:
+        if contestant.absent or not contestant.kinds & COMPUTES:
             continue
         with contextlib.suppress(WorkerError):
             rates[contestant.name] = field.ask(contestant, "ceilings")
@@ -133,7 +197,8 @@ def entrants(field: Field, workload: Workload) -> list[Contestant]:
 
 def steps(field: Field, workload: Workload) -> int:
     """Returns how many steps `measure` takes at the most: a preparation and the turns of each contestant."""
-    return sum(not c.absent for c in entrants(field, workload)) * (1 + workload.rounds)
+    running = sum(not c.obstacle(workload) for c in entrants(field, workload))
+    return running * (1 + workload.rounds)
 
 
 class _Disagreement(Exception):
@@ -146,16 +211,20 @@ class _Race:
     def __init__(self, field: Field, workload: Workload, advance: Callable[[str], None]) -> None:
         self.field, self.workload, self.advance = field, workload, advance
         self.repeats: dict[Contestant, int] = {}  # of those still running
+        disk = field.obstacle(workload)
+        reasons = {c: c.obstacle(workload) or disk for c in entrants(field, workload)}
+        self.running = [c for c, reason in reasons.items() if not reason]
         self.rows = {
-            c.name: Row(workload=workload, contestant=c.name, status="not run", reason=c.absent)
-            for c in entrants(field, workload)
+            c.name: Row(workload=workload, contestant=c.name, status="not run", reason=reason)
+            for c, reason in reasons.items()
         }
+        self.more_s = 0.0
+        if workload.kind not in COMPUTES:  # some read and write a checkpoint a few times over
+            self.more_s = 4 * workload.output_bytes / SLOWEST_BYTES_PER_S
 
     def run(self) -> list[Row]:
         reference: dict[str, Any] | None = None
-        for contestant in entrants(self.field, self.workload):
-            if contestant.absent:
-                continue
+        for contestant in self.running:
             self.advance(contestant.name)
             with self._reported(contestant):
                 outputs = self._prepare(contestant)
@@ -171,8 +240,11 @@ class _Race:
                 self.advance(contestant.name)
                 with self._reported(contestant):
                     self._turn(contestant)
-        for contestant in self.repeats:
+        for contestant in list(self.repeats):
             self._set(contestant, neighbours=neighbours.share())
+            if self.workload.kind == "load":
+                with self._reported(contestant):
+                    self._set(contestant, shared=Shared(**self._ask(contestant, "share")))
         return list(self.rows.values())
 
     @contextlib.contextmanager
@@ -182,18 +254,21 @@ class _Race:
             yield
         except (WorkerError, _Disagreement) as error:
             status = "failed" if isinstance(error, WorkerError) else "wrong"
-            self._set(contestant, status=status, reason=str(error), turns=())
+            self._set(contestant, status=status, reason=str(error), turns=(), usages=())
             self.repeats.pop(contestant, None)
 
+    def _ask(self, contestant: Contestant, do: str, **arguments: Any) -> dict[str, Any]:
+        return self.field.ask(contestant, do, more_s=self.more_s, **arguments)
+
     def _prepare(self, contestant: Contestant) -> dict[str, Any]:
-        answer = self.field.ask(
+        answer = self._ask(
             contestant,
             "prepare",
             workload=self.workload.to_dict(),
             weights=str(self.field.weights(self.workload.shape)),
         )
         self._set(contestant, first_call_s=answer["first_call_s"])
-        return self.field.ask(contestant, "outputs")
+        return self._ask(contestant, "outputs")
 
     def _check(
         self, contestant: Contestant, reference: Mapping[str, Any], outputs: Mapping[str, Any]
@@ -204,15 +279,22 @@ class _Race:
         self._set(contestant, difference=found.difference)
 
     def _repeats(self, contestant: Contestant) -> int:
-        (once_s,) = self.field.ask(contestant, "run", repeats=1, warm=False)["seconds"]
+        if self.workload.kind in ("load", "convert"):
+            return 1  # a process of its own each time: there is nothing to warm up
+        (once_s,) = self._ask(contestant, "run", repeats=1, warm=False)["seconds"]
         return min(MAX_REPEATS, math.ceil(self.field.turn_s / once_s))
 
     def _turn(self, contestant: Contestant) -> None:
         repeats = self.repeats[contestant]
         # A cold start matters to short calls only; where one call fills the turn, a second one would double the time.
-        turn = self.field.ask(contestant, "run", repeats=repeats, warm=repeats > 1)["seconds"]
+        answer = self._ask(contestant, "run", repeats=repeats, warm=repeats > 1)
         row = self.rows[contestant.name]
-        self._set(contestant, status="measured", turns=(*row.turns, tuple(turn)))
+        self._set(
+            contestant,
+            status="measured",
+            turns=(*row.turns, tuple(answer["seconds"])),
+            usages=(*row.usages, *(Usage(**usage) for usage in answer["usages"])),
+        )
 
     def _set(self, contestant: Contestant, **changes: Any) -> None:
         self.rows[contestant.name] = dataclasses.replace(self.rows[contestant.name], **changes)

@@ -1,4 +1,4 @@
-"""The gate: thresholds on ratios, and a verdict that noise alone cannot turn.
+"""The gate: thresholds on ratios, with a verdict that noise alone cannot turn, and limits on memory.
 
 Knows numbers and names; it neither measures nor prints.
 """
@@ -33,26 +33,68 @@ class Threshold:
     against: str
     at_least: float
 
+    @property
+    def asked(self) -> str:
+        return f"at least {self.at_least:g}x of {self.against}"
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryLimit:
+    """On workloads whose whole name matches, we add at most so much to our process's anonymous memory."""
+
+    workload: str
+    at_most_mb: float
+
+    @property
+    def asked(self) -> str:
+        return f"at most {self.at_most_mb:g} MB of memory"
+
+
+@dataclasses.dataclass(frozen=True)
+class ShareLimit:
+    """On workloads whose whole name matches, of two processes each has at most this share of what one has alone."""
+
+    workload: str
+    at_most: float
+
+    @property
+    def asked(self) -> str:
+        return f"at most {self.at_most:.0%} of the memory in each of two processes"
+
+
+Rule = Threshold | MemoryLimit | ShareLimit
+
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What a threshold says of a workload. Only "failed" breaks the gate.
+    """What a rule says of a workload. Only "failed" breaks the gate.
 
-    "unclear": the median is below the threshold, but not every pair of turns is.
+    "unclear": the median is below the threshold, but not every pair of turns is. `found` is what was measured, in
+    words; `reason` why there was nothing to judge.
     """
 
     workload: str
-    threshold: Threshold
+    threshold: Rule
     outcome: Outcome
     speedup: comparison.Spread | None = None
+    found: str = ""
     reason: str = ""
 
 
-def load(path: Path = THRESHOLDS) -> tuple[Threshold, ...]:
-    """Reads the thresholds; one that matches no declared workload is an error, for it would guard nothing."""
+_SECTIONS: dict[str, type[Rule]] = {
+    "threshold": Threshold,
+    "memory": MemoryLimit,
+    "shared": ShareLimit,
+}
+
+
+def load(path: Path = THRESHOLDS) -> tuple[Rule, ...]:
+    """Reads the rules; one that matches no declared workload is an error, for it would guard nothing."""
     try:
-        entries = tomllib.loads(path.read_text())["threshold"]
-        thresholds = tuple(Threshold(**entry) for entry in entries)
+        sections = tomllib.loads(path.read_text())
+        thresholds = tuple(
+            _SECTIONS[section](**entry) for section, rules in sections.items() for entry in rules
+        )
         names = {workload.name for suite in SUITES.values() for workload in suite}
         idle = [
             t.workload for t in thresholds if not any(re.fullmatch(t.workload, n) for n in names)
@@ -64,8 +106,8 @@ def load(path: Path = THRESHOLDS) -> tuple[Threshold, ...]:
     return thresholds
 
 
-def judge(rows: Sequence[Row], thresholds: Sequence[Threshold]) -> list[Verdict]:
-    """Returns a verdict for each workload in `rows` that a threshold speaks of."""
+def judge(rows: Sequence[Row], thresholds: Sequence[Rule]) -> list[Verdict]:
+    """Returns a verdict for each workload in `rows` that a rule speaks of."""
     by_name = {(row.workload.name, row.contestant): row for row in rows}
     return [
         _verdict(name, threshold, by_name)
@@ -75,17 +117,39 @@ def judge(rows: Sequence[Row], thresholds: Sequence[Threshold]) -> list[Verdict]
     ]
 
 
-def _verdict(name: str, threshold: Threshold, rows: dict[tuple[str, str], Row]) -> Verdict:
-    ours, theirs = rows.get((name, OURS)), rows.get((name, threshold.against))
-    for contestant, row in ((OURS, ours), (threshold.against, theirs)):
+def _verdict(name: str, rule: Rule, rows: dict[tuple[str, str], Row]) -> Verdict:
+    asked = [OURS, rule.against] if isinstance(rule, Threshold) else [OURS]
+    measured = []
+    for contestant in asked:
+        row = rows.get((name, contestant))
         if row is None or row.status != "measured":
             reason = f"{contestant}: {row.status}" if row else f"{contestant} does not take part"
-            return Verdict(name, threshold, "not judged", reason=reason)
-    assert ours is not None
-    assert theirs is not None
-    found = comparison.speedup(ours.samples, theirs.samples)
-    if found.value >= threshold.at_least:
+            return Verdict(name, rule, "not judged", reason=reason)
+        measured.append(row)
+    match rule:
+        case Threshold():
+            return _speed(name, rule, *measured)
+        case MemoryLimit():
+            used = measured[0].memory_bytes
+            found = None if used is None else f"{used / 1e6:.0f} MB of memory"
+            return _amount(name, rule, found, used is not None and used <= 1e6 * rule.at_most_mb)
+        case ShareLimit():
+            shared = measured[0].shared
+            found = None if shared is None else f"{shared.share:.0%} in each of two processes"
+            return _amount(name, rule, found, shared is not None and shared.share <= rule.at_most)
+
+
+def _speed(name: str, threshold: Threshold, ours: Row, theirs: Row) -> Verdict:
+    speedup = comparison.speedup(ours.samples, theirs.samples)
+    if speedup.value >= threshold.at_least:
         outcome = "passed"
     else:
-        outcome = "failed" if found.maximum < threshold.at_least else "unclear"
-    return Verdict(name, threshold, outcome, speedup=found)
+        outcome = "failed" if speedup.maximum < threshold.at_least else "unclear"
+    found = f"{speedup.value:.2f}x ({speedup.minimum:.2f}-{speedup.maximum:.2f})"
+    return Verdict(name, threshold, outcome, speedup=speedup, found=found)
+
+
+def _amount(name: str, limit: Rule, found: str | None, is_within: bool) -> Verdict:
+    if found is None:
+        return Verdict(name, limit, "not judged", reason="this system does not tell it")
+    return Verdict(name, limit, "passed" if is_within else "failed", found=found)

@@ -28,6 +28,11 @@ def describe() -> dict[str, Any]:
     }
 
 
+def free_memory_bytes() -> int:
+    """Returns what processes can still have, the page cache given up."""
+    return psutil.virtual_memory().available
+
+
 class Neighbours:
     """Measures what share of all cores others use from now on: everyone but this process and those it started."""
 

@@ -5,6 +5,7 @@ All four are drawn from one `Report`; nothing is computed here that is not in re
 
 import dataclasses
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ COLUMNS = (
     "middle half",
     "flaxmill is",
     "limit",
+    "memory",
     "first call",
     "agrees",
 )
@@ -51,13 +53,12 @@ class Report:
             for row in self.rows
             if row.status == "wrong" or (row.contestant == OURS and row.status == "failed")
         ]
-        slow = [
-            f"{verdict.workload}: {_times(verdict.speedup)} as fast as {verdict.threshold.against}, "
-            f"at least {verdict.threshold.at_least:g}x is asked for"
+        beyond = [
+            f"{verdict.workload}: {verdict.found}, asked for {verdict.threshold.asked}"
             for verdict in self.verdicts
-            if verdict.outcome == "failed" and verdict.speedup
+            if verdict.outcome == "failed"
         ]
-        return broken + slow
+        return broken + beyond
 
     @property
     def neighbours(self) -> float:
@@ -113,6 +114,7 @@ class Report:
             "figure": dataclasses.asdict(figure(row)) if row.turns else None,
             "speedup": dataclasses.asdict(speedup) if speedup else None,
             "share_of_limit": self.share_of_limit(row),
+            "memory_bytes": row.memory_bytes,
         }
 
 
@@ -157,7 +159,7 @@ def show(report: Report) -> None:
                 end_section=row is rows[-1],
             )
     console.print(table)
-    for line in (*_limits(report), *_remarks(report), *_verdict(report)):
+    for line in _lines(report):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -191,7 +193,7 @@ def markdown(report: Report) -> str:
             lines.append(" | ".join((f"| {name}", *_cells(report, row))) + " |")
     lines += [
         "",
-        *(f"{line}  " for line in (*_limits(report), *_remarks(report), *_verdict(report))),
+        *(f"{line}  " for line in _lines(report)),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -219,7 +221,7 @@ def _by_workload(report: Report) -> list[tuple[Workload, list[Row]]]:
 
 def _cells(report: Report, row: Row) -> tuple[str, ...]:
     if row.status != "measured":
-        return (row.contestant, row.status, "", "", "", "", "")
+        return (row.contestant, row.status, *[""] * (len(COLUMNS) - 2))
     found, speedup = figure(row), report.speedup(row)
     share = report.share_of_limit(row)
     return (
@@ -228,6 +230,7 @@ def _cells(report: Report, row: Row) -> tuple[str, ...]:
         f"{_short(found.low)}-{_short(found.high)}",
         f"{_times(speedup)} ({speedup.low:.2f}-{speedup.high:.2f})" if speedup else "",
         f"{share:.0%}" if share else "",
+        f"{row.memory_bytes / 1e6:,.0f} MB" if row.memory_bytes is not None else "",
         f"{row.first_call_s:.2f} s" if row.first_call_s is not None else "",
         f"to {row.difference:.0e}"
         if row.difference
@@ -275,6 +278,42 @@ def _versions(report: Report) -> dict[str, str]:
     return {name: version for found in report.versions.values() for name, version in found.items()}
 
 
+def _lines(report: Report) -> list[str]:
+    """Returns what stands below the table."""
+    return [*_limits(report), *_processes(report), *_remarks(report), *_verdict(report)]
+
+
+def _processes(report: Report) -> list[str]:
+    """Returns what is known of work in processes of its own beyond the table: whole commands, sharing, the cache."""
+    lines = []
+    for workload, rows in _by_workload(report):
+        whole = {
+            row.contestant: statistics.median(usage.command_s for usage in row.usages)
+            for row in rows
+            if row.usages
+        }
+        if whole:
+            told = [
+                f"{name} {_short(seconds)} s"
+                + (f" ({seconds / whole[OURS]:.2f}x)" if name != OURS and OURS in whole else "")
+                for name, seconds in whole.items()
+            ]
+            lines.append(f"{workload.name}, interpreter and imports included: {', '.join(told)}")
+        lines += [
+            f"{workload.name}: {row.contestant} has {_short(row.shared.alone_bytes / 1e6)} MB of it alone, "
+            f"{_short(row.shared.together_bytes / 1e6)} MB in each of two processes"
+            for row in rows
+            if row.shared
+        ]
+        lines += [
+            f"{workload.name}: {row.contestant} had {_short(read / 1e9)} GB from the disk, not from the cache"
+            for row in rows
+            if (read := max((u.disk_bytes for u in row.usages), default=0))
+            > workload.source_bytes / 50
+        ]
+    return lines
+
+
 def _limits(report: Report) -> list[str]:
     flops, read = report.ceiling("gemm_flops_per_s"), report.ceiling("read_bytes_per_s")
     if not flops or not read:
@@ -307,13 +346,11 @@ def _verdict(report: Report) -> list[str]:
     outcome_counts = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     lines = [f"gate: {outcome_counts}{busy}"]
     for verdict in report.verdicts:
-        found = verdict.speedup
-        asked = f"{verdict.threshold.at_least:g}x of {verdict.threshold.against}"
         if verdict.outcome == "not judged":
             lines.append(f"gate: {verdict.workload} not judged: {verdict.reason}")
-        elif verdict.outcome != "passed" and found:
+        elif verdict.outcome != "passed":
             lines.append(
-                f"gate: {verdict.workload} {verdict.outcome}: {found.value:.2f}x "
-                f"({found.minimum:.2f}-{found.maximum:.2f}), asked for {asked}"
+                f"gate: {verdict.workload} {verdict.outcome}: {verdict.found}, "
+                f"asked for {verdict.threshold.asked}"
             )
     return lines

@@ -22,9 +22,17 @@ class BenchError(FlaxmillError):
 
 
 def run(
-    workloads: Sequence[Workload], *, suite: str, command: str, date: str, out: Path
+    workloads: Sequence[Workload],
+    *,
+    suite: str,
+    command: str,
+    date: str,
+    out: Path,
+    keep: bool = False,
 ) -> tuple[list[str], list[Path]]:
     """Measures, prints the table to stdout and writes the results to `out`.
+
+    With `keep` the checkpoints that are made for it stay in `out`/checkpoints, for the next run that keeps them.
 
     Returns what must make the command fail, a line each, and the files written.
 
@@ -34,7 +42,15 @@ def run(
     """
     try:
         logs = _fresh_logs(out)
-        found = _measured(workloads, suite=suite, command=command, date=date, logs=logs)
+        found = _measured(
+            workloads,
+            suite=suite,
+            command=command,
+            date=date,
+            out=out,
+            logs=logs,
+            kept=out / "checkpoints" if keep else None,
+        )
         paths = report.write(found, out)
     except OSError as error:
         raise BenchError(f"a file cannot be written: {error}") from error
@@ -43,16 +59,25 @@ def run(
 
 
 def _measured(
-    workloads: Sequence[Workload], *, suite: str, command: str, date: str, logs: Path
+    workloads: Sequence[Workload],
+    *,
+    suite: str,
+    command: str,
+    date: str,
+    out: Path,
+    logs: Path,
+    kept: Path | None,
 ) -> report.Report:
     device = "cuda" if suite == "gpu" else "cpu"
     thresholds = gate.load() if device == "cpu" else ()
     facts = machine.describe()
     everyone = contestants(device=device, threads=machine.threads())
-    with tempfile.TemporaryDirectory(prefix="flaxmill-bench-") as folder, _progress() as show:
+    # Beside the results, because the system's place for temporary files may be in memory.
+    scratch_place = tempfile.TemporaryDirectory(prefix="scratch-", dir=out.absolute())
+    with scratch_place as folder, _progress() as show:
         scratch = Path(folder)
         env = environment(os.environ, device=device, threads=machine.threads(), scratch=scratch)
-        with Field(everyone, env=env, scratch=scratch, logs=logs) as field:
+        with Field(everyone, env=env, scratch=scratch, logs=logs, kept=kept) as field:
             if device == "cuda":
                 _require_gpu(field, everyone[0])
             # Before and after: whoever disturbs one of them does not make the limits lower than they are.
@@ -104,11 +129,13 @@ def _rows(
 ) -> list[Row]:
     total = sum(driver.steps(field, workload) for workload in workloads)
     rows: list[Row] = []
-    for workload in workloads:
+    for i, workload in enumerate(workloads):
         name = workload.name
         rows += driver.measure(
             field, workload, lambda who, name=name: show(total, f"{name}: {who}")
         )
+        if all(later.shape != workload.shape for later in workloads[i + 1 :]):
+            field.release(workload.shape)
     return rows
 
 

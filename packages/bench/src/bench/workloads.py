@@ -8,62 +8,13 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-Kind = Literal["forward", "prefill", "decode", "train", "open"]
+from bench import shapes
+from bench.shapes import GPT2_3M, GPT2_124M, GPT2_XL, NANOGPT_CPU, AnyShape, Shape
+
+Kind = Literal["forward", "prefill", "decode", "train", "open", "load", "convert"]
 
 # Weights below this size live in the last-level cache, where the bandwidth of the memory is no limit.
 CACHED_BYTES = 64 * 2**20
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shape:
-    """The sizes of a GPT-2. `activation` is Hugging Face's name for it."""
-
-    name: str
-    n_layer: int
-    n_head: int
-    n_embd: int
-    n_positions: int
-    vocab_size: int
-    activation: str = "gelu_new"
-
-    def hf_config(self) -> dict[str, Any]:
-        """Returns the config.json of this model, without dropout and without special tokens."""
-        return {
-            "model_type": "gpt2",
-            "architectures": ["GPT2LMHeadModel"],
-            "n_layer": self.n_layer,
-            "n_head": self.n_head,
-            "n_embd": self.n_embd,
-            "n_positions": self.n_positions,
-            "vocab_size": self.vocab_size,
-            "activation_function": self.activation,
-            "embd_pdrop": 0.0,
-            "attn_pdrop": 0.0,
-            "resid_pdrop": 0.0,
-            "bos_token_id": None,
-            "eos_token_id": None,
-        }
-
-    @property
-    def matrix_elements(self) -> int:
-        """Weights that every token is multiplied with: the blocks' matrices and the tied head."""
-        return 12 * self.n_layer * self.n_embd**2 + self.vocab_size * self.n_embd
-
-
-GPT2_124M = Shape(
-    name="124M", n_layer=12, n_head=12, n_embd=768, n_positions=1024, vocab_size=50257
-)
-GPT2_3M = Shape(name="3.4M", n_layer=4, n_head=4, n_embd=256, n_positions=512, vocab_size=512)
-# The model of nanoGPT's recipe for a CPU (train_shakespeare_char on a laptop), with biases, as Hugging Face has them.
-NANOGPT_CPU = Shape(
-    name="0.8M",
-    n_layer=4,
-    n_head=4,
-    n_embd=128,
-    n_positions=64,
-    vocab_size=65,
-    activation="gelu",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,39 +32,65 @@ class Workload:
 
     forward: logits of every position, without a cache. prefill: the time to the first token. decode: a whole call of
     the generation loop, prompt included, greedy. train: loss, gradients, clipping and an AdamW step. open: from a
-    checkpoint on disk (in the page cache) to the first logits, with code that is compiled already.
+    checkpoint on disk (in the page cache) to the first logits, with code that is compiled already. load: opening
+    alone, in a process of its own. convert: from a Hugging Face checkpoint to files that one can open, in a process of
+    its own, with the `experts` of a GPT-OSS as they are ("keep") or unpacked ("bfloat16").
     """
 
     name: str
     kind: Kind
-    shape: Shape
+    shape: AnyShape
     batch: int = 1
     length: int = 1
     new_tokens: int = 0
+    experts: str = "keep"
     rounds: int = 7
 
     @property
+    def gpt2(self) -> Shape:
+        """The shape of a workload that computes."""
+        assert isinstance(self.shape, Shape)
+        return self.shape
+
+    @property
     def unit(self) -> str:
-        return "tokens/s" if self.kind == "decode" else "ms"
+        return {"decode": "tokens/s", "convert": "GB/s"}.get(self.kind, "ms")
 
     @property
     def higher_is_better(self) -> bool:
-        return self.kind == "decode"
+        return self.unit != "ms"
+
+    @property
+    def source_bytes(self) -> int:
+        """The size of the checkpoint that everyone is given."""
+        return shapes.nbytes(self.shape)
+
+    @property
+    def output_bytes(self) -> int:
+        """The most that a contestant has on the disk beside the checkpoint."""
+        if self.experts == "bfloat16" and isinstance(self.shape, shapes.GptOssShape):
+            return self.source_bytes + self.shape.unpacking_bytes
+        return self.source_bytes
 
     def figure(self, seconds: float) -> float:
-        """Converts the duration of one call to this workload's unit."""
+        """Converts the duration of one call to this workload's unit; gigabytes are those of the checkpoint read."""
+        if self.kind == "convert":
+            return self.source_bytes / 1e9 / seconds
         return self.batch * self.new_tokens / seconds if self.kind == "decode" else 1e3 * seconds
 
     @property
     def counts(self) -> str:
         """Says in words what is timed."""
-        tokens = f"{self.batch} x {self.length} tokens"
+        tokens, size = f"{self.batch} x {self.length} tokens", f"{self.source_bytes / 1e9:.2f} GB"
         return {
             "forward": f"logits of all positions, {tokens}",
             "prefill": f"time to the first token, {tokens}",
             "decode": f"greedy generation, batch {self.batch}, prompt {self.length}, {self.new_tokens} new tokens",
             "train": f"loss, gradients, clipping and AdamW, {tokens}",
             "open": f"from the checkpoint on disk, cached by the system, to the first logits, {tokens}",
+            "load": f"opening {size} cached by the system, in a process of its own",
+            "convert": f"a checkpoint of {size} in Hugging Face's format, cached by the system, to another on the disk"
+            + (", experts unpacked to bfloat16" if self.experts == "bfloat16" else ""),
         }[self.kind]
 
     def phases(self) -> tuple[Phase, ...]:
@@ -130,11 +107,11 @@ class Workload:
                 prompt = self._pass(self.length, heads=1)
                 middle = self.length + self.new_tokens // 2
                 return (prompt, self._step(middle, times=self.new_tokens - 1))
-            case "open":
+            case "open" | "load" | "convert":
                 return ()
 
     def _pass(self, length: int, *, heads: int) -> Phase:
-        shape = self.shape
+        shape = self.gpt2
         blocks = shape.matrix_elements - shape.vocab_size * shape.n_embd
         products = 2 * (length * blocks + heads * shape.vocab_size * shape.n_embd)
         # Two products (scores, values) of 2 D operations for each of the T (T + 1) / 2 pairs a causal mask leaves.
@@ -142,14 +119,14 @@ class Workload:
         return Phase(1, self.batch * (products + attention), 4 * shape.matrix_elements)
 
     def _step(self, context: int, *, times: int) -> Phase:
-        shape = self.shape
+        shape = self.gpt2
         flops = 2 * shape.matrix_elements + 4 * shape.n_layer * shape.n_embd * context
         cache = 2 * shape.n_layer * shape.n_embd * context
         return Phase(times, self.batch * flops, 4 * (shape.matrix_elements + self.batch * cache))
 
     def floor_s(self, *, flops_per_s: float, bytes_per_s: float) -> float | None:
         """Seconds below which this machine cannot finish one call; None where no such limit was measured."""
-        if self.kind == "decode" and 4 * self.shape.matrix_elements <= CACHED_BYTES:
+        if self.kind == "decode" and 4 * self.gpt2.matrix_elements <= CACHED_BYTES:
             return None  # bound by the bandwidth of the cache, which is not among the ceilings
         total = 0.0
         for phase in self.phases():
@@ -171,7 +148,7 @@ class Workload:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Workload":
-        return cls(**{**values, "shape": Shape(**values["shape"])})
+        return cls(**{**values, "shape": shapes.from_dict(values["shape"])})
 
 
 def _forward(shape: Shape, length: int) -> Workload:
@@ -216,6 +193,16 @@ def _open(shape: Shape) -> Workload:
     return Workload(name=f"open-{shape.name}", kind="open", shape=shape, length=10)
 
 
+def _load(shape: Shape) -> Workload:
+    return Workload(name=f"load-{shape.name}", kind="load", shape=shape, rounds=3)
+
+
+def _convert(shape: AnyShape, *, experts: str = "keep") -> Workload:
+    suffix = f"-{experts}" if experts != "keep" else ""
+    name = f"convert-{shape.name}{suffix}"
+    return Workload(name=name, kind="convert", shape=shape, experts=experts, rounds=3)
+
+
 # Under six minutes on two cores, so that every change can afford it.
 CI = (
     _forward(GPT2_3M, 10),
@@ -229,6 +216,9 @@ CI = (
     _train(NANOGPT_CPU, 12, 64),
     _train(GPT2_3M, 8, 128),
     _open(GPT2_124M),
+    _load(GPT2_124M),
+    _convert(GPT2_124M),
+    _convert(shapes.GPT_OSS_CUT),
 )
 
 FULL = (
@@ -248,6 +238,20 @@ FULL = (
     _train(GPT2_124M, 4, 256, rounds=5),
     _open(GPT2_3M),
     _open(GPT2_124M),
+    _load(GPT2_124M),
+    _convert(GPT2_124M),
+    # The large ones, model by model: what is on the disk for one is gone before the next.
+    _convert(GPT2_XL),
+    _load(GPT2_XL),
+    _open(GPT2_XL),
+    _convert(shapes.GPT_OSS_CUT),
+    _convert(shapes.GPT_OSS_CUT, experts="bfloat16"),
+    _convert(shapes.GPT_OSS_20B_8, experts="bfloat16"),
+    _convert(shapes.GPT_OSS_20B),
+    _convert(shapes.GPT_OSS_20B, experts="bfloat16"),
 )
 
-SUITES: dict[str, Sequence[Workload]] = {"ci": CI, "full": FULL, "gpu": FULL}
+# Converting is no work of a GPU's.
+GPU = tuple(w for w in FULL if w.kind not in ("load", "convert"))
+
+SUITES: dict[str, Sequence[Workload]] = {"ci": CI, "full": FULL, "gpu": GPU}

@@ -6,63 +6,97 @@ FLAXMILL_PEERS_PYTHON names another Python that has torch and transformers.
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bench import workloads
+from bench import machine, workloads
+from bench.peers.process import BENCH, command
+from bench.shapes import GptOssShape
+from bench.workloads import Workload
 
 OURS = "flaxmill"
 PEERS_PYTHON = "FLAXMILL_PEERS_PYTHON"
-_BENCH = Path(workloads.__file__).parent
-
-# Workers run this very copy of `bench`, in whichever Python, without a path that would show them our other packages.
-_BOOTSTRAP = """
-import importlib.util, sys
-folder, module, *arguments = sys.argv[1:]
-spec = importlib.util.spec_from_file_location("bench", folder + "/__init__.py", submodule_search_locations=[folder])
-sys.modules["bench"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules["bench"])
-importlib.import_module(module).main(*arguments)
-"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contestant:
-    """One implementation: the workloads it takes part in, and the command that starts it or why there is none."""
+    """One implementation: the workloads it takes part in, and the command that starts it or why there is none.
+
+    `refuses` says why one of these workloads cannot be done here; "" where nothing speaks against it.
+    """
 
     name: str
     kinds: frozenset[workloads.Kind]
     command: tuple[str, ...] = ()
     absent: str = ""
+    refuses: Callable[[Workload], str] = dataclasses.field(default=lambda _: "", compare=False)
+
+    def obstacle(self, workload: Workload) -> str:
+        """Says what keeps this contestant from a workload of its kinds; "" if nothing does."""
+        return self.absent or self.refuses(workload)
 
 
 def contestants(*, device: str, threads: int) -> tuple[Contestant, ...]:
     """Returns everyone, ours first; those that cannot run here say why."""
-    ours = _command(Path(sys.executable), "bench.peers.ours")
+    ours = command(Path(sys.executable), "bench.peers.ours")
     python, absent = peers_python()
 
     def peer(name: str, mode: str, *kinds: workloads.Kind) -> Contestant:
-        command = (
-            _command(python, "bench.peers.pytorch", mode, device, str(threads)) if python else ()
-        )
-        return Contestant(name=name, kinds=frozenset(kinds), command=command, absent=absent)
+        start = command(python, "bench.peers.pytorch", mode, device, str(threads)) if python else ()
+        return Contestant(name=name, kinds=frozenset(kinds), command=start, absent=absent)
 
     return (
         Contestant(
             name=OURS,
-            kinds=frozenset({"forward", "prefill", "decode", "train", "open"}),
+            kinds=frozenset({"forward", "prefill", "decode", "train", "open", "load", "convert"}),
             command=ours,
         ),
         peer("torch eager", "eager", "forward", "train", "open"),
         peer("torch.compile", "compile", "forward", "train"),
         peer("HF generate", "eager", "prefill", "decode"),
+        Contestant(
+            name="transformers",
+            kinds=frozenset({"load", "convert"}),
+            command=command(python, "bench.peers.jobs", "transformers") if python else (),
+            absent=absent,
+            refuses=_unfit_for_transformers,
+        ),
+        _copier("cp + sha256sum"),
+        _copier("cp + sync + sha256sum"),
+        _copier("cp + sync + openssl"),
     )
 
 
-def _command(python: Path, module: str, *arguments: str) -> tuple[str, ...]:
-    return (str(python), "-P", "-c", _BOOTSTRAP, str(_BENCH), module, *arguments)
+def _copier(name: str) -> Contestant:
+    """Returns who does what no conversion can do without: writes the bytes and hashes them."""
+    missing = [tool for tool in name.split(" + ") if not shutil.which(tool)]
+    return Contestant(
+        name=name,
+        kinds=frozenset({"convert"}),
+        command=command(Path(sys.executable), "bench.peers.jobs", name),
+        absent=f"there is no {missing[0]} here" if missing else "",
+        refuses=_unfit_for_copying,
+    )
+
+
+def _unfit_for_copying(workload: Workload) -> str:
+    read, written = workload.source_bytes, workload.output_bytes
+    if read == written:
+        return ""
+    return f"copies {read / 1e9:.1f} GB where {written / 1e9:.1f} GB are written"
+
+
+def _unfit_for_transformers(workload: Workload) -> str:
+    if isinstance(workload.shape, GptOssShape) and workload.experts == "keep":
+        return "unpacks MXFP4 on a CPU, so it cannot write the same model"
+    # It holds the whole model, and what it unpacks or writes at the moment beside it.
+    needed, free = 1.5 * workload.output_bytes, machine.free_memory_bytes()
+    if needed > free:
+        return f"needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB free"
+    return ""
 
 
 def peers_python() -> tuple[Path | None, str]:
@@ -71,7 +105,7 @@ def peers_python() -> tuple[Path | None, str]:
     if named:
         missing = _missing(Path(named))
         return (None, f"{PEERS_PYTHON}={named} {missing}") if missing else (Path(named), "")
-    for root in (Path.cwd(), *_BENCH.parents):
+    for root in (Path.cwd(), *BENCH.parents):
         if (root / ".venv-peers/bin/python").exists():
             candidate = root / ".venv-peers/bin/python"
             missing = _missing(candidate)

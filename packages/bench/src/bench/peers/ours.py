@@ -13,7 +13,7 @@ import numpy as np
 import convert
 import core
 from bench import machine
-from bench.peers import protocol
+from bench.peers import jobs, protocol
 from bench.workloads import Workload
 from train import step
 from train.config import TrainConfig
@@ -40,9 +40,12 @@ class Flaxmill:
 
     def prepare(self, workload: Workload, weights: Path) -> protocol.Task:
         jax.clear_caches()  # so that the first call compiles
-        folder = weights.with_name(weights.name + "-flaxmill")
-        if not folder.exists():
-            convert.convert(weights, out=folder, quiet=True)
+        if workload.kind == "convert":
+            flags = (f"--experts={workload.experts}",) if workload.shape.family == "gpt_oss" else ()
+            return jobs.Conversion(workload, weights, jobs.flaxmill(*flags))
+        folder = _converted(weights)
+        if workload.kind == "load":
+            return jobs.opening(folder)
         task = {
             "forward": Forward,
             "prefill": Generate,
@@ -51,6 +54,14 @@ class Flaxmill:
             "open": Open,
         }[workload.kind]
         return task(workload, folder)
+
+
+def _converted(weights: Path) -> Path:
+    """Returns our folder of a checkpoint, beside it, made when it is first needed."""
+    folder = weights.with_name("flaxmill")
+    if not folder.exists():
+        convert.convert(weights, out=folder, quiet=True)
+    return folder
 
 
 def _fastest(compute) -> float:

@@ -14,7 +14,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import bench
+
 DEATH_S = 10.0  # from the end of its answers to the end of a process
+BENCH = Path(bench.__file__).parent
+
+# Workers run this very copy of `bench`, in whichever Python, without a path that would show them our other packages.
+_BOOTSTRAP = """
+import importlib.util, sys
+folder, module, *arguments = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("bench", folder + "/__init__.py", submodule_search_locations=[folder])
+sys.modules["bench"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["bench"])
+importlib.import_module(module).main(*arguments)
+"""
+
+
+def command(python: Path, module: str, *arguments: str) -> tuple[str, ...]:
+    """Returns what runs a module of this very `bench` in `python`."""
+    return (str(python), "-P", "-c", _BOOTSTRAP, str(BENCH), module, *arguments)
 
 
 class WorkerError(Exception):

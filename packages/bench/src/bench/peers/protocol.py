@@ -4,12 +4,14 @@
     {"do": "ceilings"}                               -> {"gemm_flops_per_s": ..., "read_bytes_per_s": ...}
     {"do": "prepare", "workload": {}, "weights": ""} -> {"first_call_s": ...}
     {"do": "outputs"}                                -> {"tokens": [[...]]}, {"logits": [...]} or {"losses": [...]}
-    {"do": "run", "repeats": 5, "warm": true}        -> {"seconds": [...]}
+    {"do": "run", "repeats": 5, "warm": true}        -> {"seconds": [...], "usages": [...]}
+    {"do": "share"}                                  -> {"alone_bytes": ..., "together_bytes": ...}
 
 A request that fails is answered by {"error": "..."} and the worker lives on; the end of stdin ends it. The clock is
 here, so that it is the same for everyone. Standard library only: this runs in every contestant's environment.
 """
 
+import dataclasses
 import gc
 import json
 import os
@@ -22,11 +24,37 @@ from typing import IO, Any, Protocol
 from bench.workloads import Workload
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What work in a process of its own took.
+
+    `seconds` are those of the work, `command_s` of the whole process, with the interpreter's start and the imports.
+    The memory is anonymous (what is not a file's): `idle_bytes` when the clock started, `peak_bytes` at the most
+    until it stopped; None where the system does not tell. `disk_bytes` came from the disk and not from the cache.
+    """
+
+    seconds: float
+    command_s: float
+    idle_bytes: int | None
+    peak_bytes: int | None
+    disk_bytes: int
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """What the work added at its peak to what the idle process had."""
+        if self.peak_bytes is None or self.idle_bytes is None:
+            return None
+        return self.peak_bytes - self.idle_bytes
+
+
 class Task(Protocol):
     """A workload made ready in one contestant."""
 
     def call(self) -> object:
-        """Does the work once, and returns when it is really done: on a device, after synchronising."""
+        """Does the work once, and returns when it is really done: on a device, after synchronising.
+
+        A call that returns a `Usage` has timed its work itself, in a process of its own.
+        """
         ...
 
     def outputs(self) -> Mapping[str, Any]:
@@ -48,7 +76,7 @@ class Contestant(Protocol):
 
 def serve(contestant: Contestant) -> None:
     """Answers requests until stdin ends."""
-    answers = _claim_stdout()
+    answers = claim_stdout()
     session = _Session(contestant)
     for line in sys.stdin:
         try:
@@ -58,7 +86,7 @@ def serve(contestant: Contestant) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def _claim_stdout() -> IO[str]:
+def claim_stdout() -> IO[str]:
     """Returns the real stdout and sends everything that libraries print, from C too, to stderr."""
     sys.stdout.flush()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -85,6 +113,8 @@ class _Session:
                 return self._ready().outputs()
             case "run":
                 return self._run(request["repeats"], warm=request["warm"])
+            case "share":
+                return self._share()
             case other:
                 raise ValueError(f"unknown request {other!r}")
 
@@ -97,18 +127,34 @@ class _Session:
         self.task = None  # the previous model's memory goes before the next one's comes
         gc.collect()
         self.task = self.contestant.prepare(workload, weights)
-        return {"first_call_s": seconds(self.task.call)}
+        return {"first_call_s": _timed(self.task.call)[0]}
 
-    def _run(self, repeats: int, *, warm: bool) -> Mapping[str, list[float]]:
+    def _share(self) -> Mapping[str, int]:
+        share = getattr(self._ready(), "share", None)
+        if share is None:
+            raise RuntimeError("this workload has nothing to share")
+        return share()
+
+    def _run(self, repeats: int, *, warm: bool) -> Mapping[str, Any]:
         call = self._ready().call
         gc.collect()
         gc.disable()
         try:
             if warm:  # the others' turns have emptied the caches and put the threads to sleep
                 call()
-            return {"seconds": [seconds(call) for _ in range(repeats)]}
+            calls = [_timed(call) for _ in range(repeats)]
         finally:
             gc.enable()
+        usages = [dataclasses.asdict(usage) for _, usage in calls if usage is not None]
+        return {"seconds": [s for s, _ in calls], "usages": usages}
+
+
+def _timed(call: Callable[[], object]) -> tuple[float, Usage | None]:
+    """Returns how long one `call` takes, by its own account where it has one."""
+    start = time.perf_counter()
+    result = call()
+    elapsed = time.perf_counter() - start
+    return (result.seconds, result) if isinstance(result, Usage) else (elapsed, None)
 
 
 def seconds(call: Callable[[], object]) -> float:
