@@ -77,10 +77,13 @@ pins: $(UV) ## Resolves the requirements anew (uv.lock) and writes the pinned fi
 	$(UV) lock --upgrade
 	$(UV) export -q --no-header --all-packages --no-emit-workspace --format requirements.txt -o requirements.txt
 	$(UV) export -q --no-header --all-packages --group peers --no-emit-workspace --format requirements.txt -o requirements-peers.txt
-	$(UV) export -q --no-header --only-group llama --no-emit-workspace --format requirements.txt -o requirements-llama.txt
+	$(UV) export -q --no-header --only-group llama $(PEERS_HAVE:%=--no-emit-package %) --format requirements.txt -o requirements-llama.txt
 
 clean: ## Removes the environments and caches; models, data and outputs stay.
 	rm -rf .venv .venv-peers .bootstrap .cache .pytest_cache .ruff_cache .hypothesis
+
+# What llama.cpp's Python package needs and is in .venv-peers anyway.
+PEERS_HAVE := jinja2 markupsafe numpy typing-extensions
 
 .venv/.synced: PINS := requirements.txt
 .venv-peers/.synced: PINS := requirements-peers.txt
@@ -93,14 +96,17 @@ clean: ## Removes the environments and caches; models, data and outputs stay.
 	$(UV) pip install -q --python $(@D) --no-deps $(PACKAGES:%=-e packages/%)
 	@touch $@
 
-# There are no wheels of llama.cpp: it is compiled, once, in three to five minutes on two cores, and kept in uv's cache.
-# Not for this very machine (GGML_NATIVE), whose cache may be carried to another one, where AVX-512 is an illegal
-# instruction; AVX2 is what every x86 server has. Without a compiler its tests are skipped and the rest goes on.
-.venv-peers/.llama: requirements-llama.txt .venv-peers/.synced
-	@echo 'building llama.cpp, if it is not in the cache: some minutes'
-	@CMAKE_ARGS='-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF' \
-		$(UV) pip install -q --python $(@D) --require-hashes -r $< && touch $@ \
-		|| echo 'note: llama.cpp could not be built (it takes a C++ compiler); the comparisons with it are skipped'
+# There are no wheels of llama.cpp: it is compiled, in three minutes on two cores, and lies in a folder of its own, where
+# synchronising the environment does not remove it. Not for this very machine (GGML_NATIVE): a copy or a cache of it may
+# come to another one, where AVX-512 is an illegal instruction; AVX2 is what every x86 server has. Without a compiler
+# the tests of it are skipped and the rest goes on.
+.venv-peers/.llama: requirements-llama.txt | .venv-peers/.synced
+	@echo 'compiling llama.cpp: some minutes, once'
+	@CMAKE_ARGS='-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF' $(UV) pip install -q --python $(@D) --target $(@D)/llama \
+		--upgrade --no-deps --require-hashes -r $< \
+		&& echo "$(CURDIR)/$(@D)/llama" > "$$($(@D)/bin/python -c 'import site; print(*site.getsitepackages())')/llama.pth" \
+		&& touch $@ \
+		|| echo 'note: llama.cpp could not be compiled (it takes a C++ compiler); the comparisons with it are skipped'
 
 .bootstrap/bin/uv:
 	@test -n "$(PYTHON)" || { echo 'error: no Python >= 3.11 found; install one or pass PYTHON=path' >&2; exit 1; }

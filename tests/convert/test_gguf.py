@@ -588,6 +588,12 @@ def test_yarn_untruncated_is_exported_with_a_note_of_where_it_blends(tmp_path: P
     published = {"head_dim": 64, "initial_context_length": 4096, "rope_truncate": False}
     _, notes = export(folder(tmp_path / "m", GptOssConfig(**{**GPT_OSS, **published})))
     assert "between dimensions 8.09 and 17.40, llama.cpp's between 8 and 18" in notes[0]
+    _, notes = export(
+        folder(tmp_path / "same", GptOssConfig(**{**GPT_OSS, "rope_truncate": False}))
+    )
+    assert not any(
+        "YaRN" in note for note in notes
+    )  # -0.41 and 0.47 of 3: rounding changes nothing
 
 
 def test_a_tied_gpt_oss_stores_its_head(tmp_path: Path):

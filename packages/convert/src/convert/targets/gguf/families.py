@@ -183,11 +183,12 @@ def _gpt_oss_notes(config: GptOssConfig) -> list[str]:
     low, high = (
         _yarn_dimension(config, beta) for beta in (config.rope_beta_fast, config.rope_beta_slow)
     )
-    if config.rope_truncate or (low == math.floor(low) and high == math.ceil(high)):
+    whole = float(math.floor(low)), float(math.ceil(high))
+    if config.rope_truncate or _yarn_ramp(config, low, high) == _yarn_ramp(config, *whole):
         return []
     return [
-        f"the model's YaRN blends between dimensions {low:.2f} and {high:.2f}, llama.cpp's between {math.floor(low)} "
-        f"and {math.ceil(high)}, because it does not know truncate=false: it computes somewhat different logits, as "
+        f"the model's YaRN blends between dimensions {low:.2f} and {high:.2f}, llama.cpp's between {whole[0]:.0f} "
+        f"and {whole[1]:.0f}, because it does not know truncate=false: it computes somewhat different logits, as "
         "from every GGUF of GPT-OSS"
     ]
 
@@ -196,6 +197,13 @@ def _yarn_dimension(config: GptOssConfig, rotations: float) -> float:
     """Returns the dimension that turns so many times within the original context (Peng et al. 2023, section 3.2)."""
     turns = config.initial_context_length / (2 * math.pi * rotations)
     return config.head_dim * math.log(turns) / (2 * math.log(config.rope_theta))
+
+
+def _yarn_ramp(config: GptOssConfig, low: float, high: float) -> list[float]:
+    """Returns how much of each rotation is slowed down, where `low` and `high` bound the blend."""
+    low, high = max(low, 0), min(high, config.head_dim - 1)
+    width = max(high - low, 1e-3)  # as both implementations avoid a division by zero
+    return [min(max((i - low) / width, 0), 1) for i in range(config.head_dim // 2)]
 
 
 def _too_many(**counts: int) -> list[str]:
