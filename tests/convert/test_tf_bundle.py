@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import hf_checkpoints as hf
 import openai_checkpoints as openai
 import tf_bundles as tf
-from convert import ConvertError, convert
+from convert import ConvertError, convert, importer, verify
 from convert.sources import open_source, tf_bundle
 from convert.tables import openai_tf
 from core import checkpoint
@@ -51,6 +51,20 @@ def test_what_tensorflow_saved_is_the_folder_that_hugging_faces_file_gives(tmp_p
     assert ours.pop("manifest.json") != theirs.pop("manifest.json")
     assert ours == theirs
     assert len(checkpoint.open(tmp_path / "tf").tensors) == 28
+
+
+def test_the_folder_is_verified_against_the_checkpoint_and_the_plan_counts_layers(
+    saved: Path, tmp_path: Path
+):
+    out = convert(saved, out=tmp_path / "out")
+    verify(out, against=saved)
+    text = importer.plan_source(saved).describe()
+    assert "2 x blocks.*.attn.qkv.bias" in text
+    assert "<- model/h*/attn/c_attn/b  (3NH) -> 3NH" in text
+    shifted = openai.tensors() | {"model/ln_f/b": openai.values((openai.D,), 999)}
+    tf.write(saved, shifted)
+    with pytest.raises(ConvertError, match=r"ln_f\.bias"):
+        verify(out, against=saved)
 
 
 def test_a_kernel_loses_its_leading_axis_and_nothing_else(tmp_path: Path):

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 _MODEL = flags.DEFINE_string(
     "model",
     None,
-    "gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, gpt-oss-20b, gpt-oss-120b, or OWNER/NAME on the hub.",
+    "gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, gpt-oss-20b, gpt-oss-120b, or OWNER/NAME on the hub; "
+    "or OpenAI's TensorFlow originals: 124M, 355M, 774M, 1558M.",
 )
 _SOURCE = flags.DEFINE_string("source", None, "A checkpoint: a folder or a file.")
 _OUT = flags.DEFINE_string("out", None, "The model folder to write; models/NAME with --model.")

@@ -174,6 +174,8 @@ def plan_model(
     if name in openai.MODELS:
         openai.check_revision(name, revision)
         folder = openai.fetch_companions(name, quiet=quiet)
+        config = tables.read_config(folder, sources.read_json(folder / openai.HPARAMS))
+        _check_experts(folder, config, experts)
         openai.fetch_weights(name, quiet=quiet)
         return plan_source(folder, dtype=dtype, experts=experts, origin=openai.origin(name))
     snapshot = hub.resolve(name, revision)
@@ -318,7 +320,7 @@ def _rows(plan: Plan) -> Iterator[str]:
     """Yields a line for every kind of tensor written, its layers counted, and for every kind left out."""
 
     def kind(name: str) -> str:
-        return re.sub(r"(?<=[./])\d+(?=[./])", "*", name)
+        return re.sub(r"(?<=[./h])\d+(?=[./]|$)", "*", name)
 
     def described(spec: TensorSpec) -> tuple[str, ...]:
         size = f"{spec.dtype}{list(spec.shape)}"
