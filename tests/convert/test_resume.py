@@ -42,7 +42,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def clean(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return hf.digests(convert.convert(source, out=tmp_path_factory.mktemp("clean") / "out"))
+    out = convert.convert(source, out=tmp_path_factory.mktemp("clean") / "out")
+    convert.verify(out, against=source)
+    return hf.digests(out)
 
 
 def leftovers(out: Path) -> list[Path]:

@@ -78,6 +78,13 @@ def test_quantised_tensors_are_the_bytes_that_were_written_and_shared(tmp_path: 
     assert any(opened.tensors[n].nbytes % 64 == 0 for n in quantised if n.endswith(".scales"))
 
 
+def test_tensors_of_many_parts_are_what_was_written(tmp_path: Path):
+    config = tiny.config(vocab_size=20_000, n_embd=192, n_head=3)  # 15 MB, 4 MB at a time
+    opened = checkpoint.open(write(tmp_path / "model", config, "float32"))
+    for spec in specs(config, "float32"):
+        np.testing.assert_array_equal(opened.tensors[spec.name], values(spec))
+
+
 def test_a_cast_leaves_quantised_tensors_alone(tmp_path: Path):
     opened = checkpoint.open(write(tmp_path / "model", MXFP4, "bfloat16"))
     for name, x in flat(opened.params(jnp.float32)).items():

@@ -392,14 +392,17 @@ class TestWorkers:
             stop.wait(0.05)
 
         with pytest.raises(KeyError, match="three"):
-            workers.each(work, range(1000), threads=threads)
+            workers.each(work, range(20_000), threads=threads)
         assert len(begun) < 20
 
     def test_what_runs_beside_is_stopped_with_the_block(self):
-        def work(stop: Any) -> bool:
-            return stop.wait(30)
+        stopped: list[bool] = []
+
+        def work(stop: Any) -> None:
+            stopped.append(stop.wait(10))
 
         with pytest.raises(KeyError), workers.beside(work):
             raise KeyError
+        assert stopped == [True]
         with workers.beside(lambda stop: 7) as result:
             assert result() == 7

@@ -34,19 +34,28 @@ def each(
     if threads == 1:
         return [work(item, stop) for item in items]
 
+    failures: list[BaseException] = []  # the first is the cause, the others may only be stopped
+
     def begin(item: Item) -> Result:
         if stop.is_set():
             raise Stopped
-        return work(item, stop)
+        try:
+            return work(item, stop)
+        except BaseException as error:
+            failures.append(error)
+            stop.set()
+            raise
 
     with ThreadPoolExecutor(threads) as pool:
         try:
             futures = [pool.submit(begin, item) for item in items]
             for future in as_completed(futures):
                 future.result()
-        except BaseException:
+        except BaseException as error:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, Stopped):
+                raise failures[0] from None
             raise
     return [future.result() for future in futures]
 
