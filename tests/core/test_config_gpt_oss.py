@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import gpt_oss_checkpoints as oss
 from core import axes
@@ -307,6 +309,34 @@ class TestRefusals:
         with pytest.raises(ConfigError) as told:
             GptOssConfig(**variant)
         assert says in str(told.value)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from([*ROPE, *oss.MXFP4, "x"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+WRONG = st.dictionaries(
+    st.sampled_from([*HUB_20B, "rope_parameters", "num_experts", "pruned_heads"]) | st.text(),
+    ANYTHING | st.sampled_from(["mxfp4", 10**400, ["full_attention"], [1], {"rope_type": []}]),
+    max_size=4,
+)
+
+
+@settings(max_examples=300)
+@given(WRONG)
+def test_whatever_a_file_says_it_is_a_model_or_a_configerror(wrong: dict[str, Any]):
+    config = {**HUB_20B, **wrong, "model_type": "gpt_oss"}
+    try:
+        model = GptOssConfig.from_hf(config)
+        GptOssConfig.notes_on_hf(config)
+    except ConfigError:
+        return
+    assert model.parameter_count > 0
+    assert config_lib.from_hf(json.loads(json.dumps(model.to_hf()))) == model
 
 
 VARIANTS: list[dict[str, Any]] = [

@@ -367,8 +367,8 @@ def _rope_values(where: str, rope: Mapping[str, Any], wrong: list[str]) -> dict[
 def _quantization(stated: Any, wrong: list[str]) -> str | None:
     if stated is None:
         return None
-    method = stated.get("quant_method") if isinstance(stated, Mapping) else stated
-    if method != "mxfp4":
+    if not isinstance(stated, Mapping) or stated.get("quant_method") != "mxfp4":
+        method = stated.get("quant_method") if isinstance(stated, Mapping) else stated
         wrong.append(f"quantization_config says {method!r}, which is not implemented; mxfp4 is")
         return None
     for key in stated.keys() - {"quant_method", "modules_to_not_convert", "dequantize"}:
