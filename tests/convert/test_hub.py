@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -15,11 +16,12 @@ import pytest
 
 import hf_checkpoints as hf
 from core import checkpoint
-from hub_server import Hub, serve
+from hub_server import Hub, serve, wait_for
 
 REPO = "flax/tiny"
 OLD, NEW, LARGE = "0" * 39 + "1", "0" * 39 + "2", "0" * 39 + "3"
 LARGE_CONFIG = {**hf.CONFIG, "n_layer": 1, "n_embd": 64, "vocab_size": 100_000}
+PYTORCH = Path(__file__).parents[1] / "golden" / "pytorch"
 CHUNK = 10 * 1024 * 1024  # huggingface_hub writes what it receives in pieces of this size
 
 
@@ -143,7 +145,7 @@ def test_a_hub_that_stays_broken_is_told_and_the_next_run_resumes(
     hub: Hub, run: Run, tmp_path: Path
 ):
     hub.cuts = [15_000_000]
-    threading.Thread(target=lambda: (_wait_for(hub.storage_requests), _refuse(hub))).start()
+    threading.Thread(target=lambda: (wait_for(hub.storage_requests), _refuse(hub))).start()
     error = hf.the_error(run(f"--model={REPO}", f"--revision={LARGE}"))
     size = len(hub.repos[REPO][LARGE]["model.safetensors"])
     assert f"{CHUNK:,} of {size:,} bytes are kept, run this again to resume" in error
@@ -159,13 +161,6 @@ def _refuse(hub: Hub) -> None:
     hub.refuses = True
 
 
-def _wait_for(happened: Callable[[], object], timeout_s: float = 30) -> None:
-    end = time.monotonic() + timeout_s
-    while not happened():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.01)
-
-
 def test_a_killed_download_resumes_in_the_next_process(
     hub: Hub, fetch: Run, tmp_path: Path, commits
 ):
@@ -177,7 +172,7 @@ def test_a_killed_download_resumes_in_the_next_process(
         env=environment(tmp_path, hub.endpoint),
     )
     blobs = tmp_path / "hf" / "hub" / "models--flax--tiny" / "blobs"
-    _wait_for(lambda: any(p.stat().st_size >= CHUNK for p in blobs.glob("*.incomplete")))
+    wait_for(lambda: any(p.stat().st_size >= CHUNK for p in blobs.glob("*.incomplete")))
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "out").exists()
@@ -251,9 +246,44 @@ def test_what_cannot_be_converted_is_not_downloaded(hub: Hub, run: Run, commits)
 def test_a_repository_without_safetensors_says_what_it_has(hub: Hub, run: Run, commits):
     hub.repos[REPO][NEW] = {
         "config.json": commits[NEW]["config.json"],
-        "pytorch_model.bin": b"PK",
+        "tf_model.h5": b"HDF",
     }
-    assert "found pytorch_model.bin" in hf.the_error(run(f"--model={REPO}"))
+    assert "found tf_model.h5" in hf.the_error(run(f"--model={REPO}"))
+    assert hub.storage_requests() == []
+
+
+@pytest.mark.parametrize("file", ["zip.bin", "legacy.bin"])
+def test_a_repository_without_safetensors_is_fetched_as_pytorchs(
+    hub: Hub, run: Run, commits, tmp_path: Path, file: str
+):
+    companions = {n: x for n, x in commits[NEW].items() if "safetensors" not in n}
+    hub.repos[REPO][NEW] = companions | {"pytorch_model.bin": (PYTORCH / file).read_bytes()}
+    done = run(f"--model={REPO}")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "out\n", "")
+    assert source_of(tmp_path / "out")["revision"] == NEW
+    assert "pytorch_model.bin" in source_of(tmp_path / "out")["files"]
+    weights = hf.as_parameters(hf.tensors())
+    found = checkpoint.open(tmp_path / "out").tensors
+    assert all(hf.same_bits(found[name], weights[name]) for name in weights)
+
+
+def test_pytorchs_shards_are_those_of_its_index(hub: Hub, fetch: Run, commits):
+    index = json.dumps({"weight_map": {"a": "one.bin", "b": "two.bin"}}).encode()
+    shards = {"one.bin": b"1", "two.bin": b"2", "pytorch_model.bin.index.json": index}
+    kept = {"config.json": commits[NEW]["config.json"], **shards}
+    hub.repos[REPO][NEW] = kept | {"three.bin": b"3"}
+    assert fetched(fetch(REPO)) == kept
+
+
+def test_pytorchs_weights_resume_too_and_are_hashed(hub: Hub, fetch: Run, commits):
+    weights = os.urandom(26_000_000)
+    hub.repos[REPO][NEW] = {
+        "config.json": commits[NEW]["config.json"],
+        "pytorch_model.bin": weights,
+    }
+    hub.cuts = [15_000_000]
+    assert fetched(fetch(REPO))["pytorch_model.bin"] == weights
+    assert hub.storage_requests() == [None, f"bytes={CHUNK}-"]
 
 
 def test_a_dry_run_says_what_would_be_fetched(hub: Hub, run: Run, tmp_path: Path):

@@ -146,13 +146,13 @@ class TestReading:
         out = convert.convert(run, out=tmp_path / "out")
         assert Tokenizer.open(out).encode("xy") == [2, 1]
 
-    @pytest.mark.parametrize("dataset", ["../shakespeare_char", "a/b", "..", "", "a\0b", 7, None])
+    @pytest.mark.parametrize("dataset", ["../other", "a/b", "..", ".", "", "a\0b", 7, None])
     def test_a_dataset_is_a_name_and_no_path(self, tmp_path: Path, dataset: Any):
-        for place in (tmp_path, tmp_path / "a" / "b"):
-            place.mkdir(parents=True, exist_ok=True)
-            (place / "meta.pkl").write_bytes(b"evil")
-        (tmp_path / "data" / "run").mkdir(parents=True)
-        file = saved(tmp_path / "data" / "run" / "ckpt.pt", config={"dataset": dataset})
+        for place in (".", "other", "data", "data/a/b"):
+            (tmp_path / place).mkdir(parents=True, exist_ok=True)
+            (tmp_path / place / "meta.pkl").write_bytes(b"evil")
+        (tmp_path / "run").mkdir()
+        file = saved(tmp_path / "run" / "ckpt.pt", config={"dataset": dataset})
         assert "no tokenizer" in open_source(file).notes[0]
 
     def test_a_tokenizer_beside_it_comes_first(self, run: Path):

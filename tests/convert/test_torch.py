@@ -350,6 +350,24 @@ def test_a_record_twice_is_refused(tmp_path: Path):
         torch_zip.read_file(put(tmp_path, content))
 
 
+def test_a_record_that_says_it_is_compressed_is_refused(tmp_path: Path):
+    content = bytearray(tf.archive(call(), ONE))
+    local = content.index(b"archive/data/0") - 30
+    directory = content.rindex(b"archive/data/0") - 46
+    for place in (local + 8, directory + 10):
+        content[place] = zipfile.ZIP_DEFLATED
+    with pytest.raises(ConvertError, match="is compressed or encrypted"):
+        torch_zip.read_file(put(tmp_path, bytes(content)))
+
+
+def test_a_record_that_runs_out_of_the_file_is_refused(tmp_path: Path):
+    content = bytearray(tf.archive(call(), ONE))
+    extra = content.index(b"archive/data/0") - 2
+    content[extra : extra + 2] = b"\xff\xff"
+    with pytest.raises(ConvertError, match="data/0 is not where the directory says"):
+        torch_zip.read_file(put(tmp_path, bytes(content)))
+
+
 def test_a_truncated_archive_is_told(tmp_path: Path):
     whole = (GOLDEN / "zip.bin").read_bytes()
     for size in (100, len(whole) // 2, len(whole) - 1):

@@ -246,7 +246,8 @@ def test_no_damage_escapes_as_another_exception(tree: Any, data: st.DataObject):
     for _ in range(data.draw(st.integers(0, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(ConvertError):
-        load(bytes(content[: data.draw(st.integers(0, len(content)))]), persistent=repr)
+        content = bytes(content[: data.draw(st.integers(0, len(content)))])
+        load(content, persistent=repr)
 
 
 @given(
@@ -263,7 +264,7 @@ from convert import ConvertError, unpickle
 data = bytes.fromhex("80 02") + {body}
 used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 try:
-    unpickle.load(data, where="evil.pkl")
+    unpickle.load(data, where="evil.pkl", max_opcodes=1 << 18)
 except ConvertError as error:
     print(error)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - used, file=sys.stderr)
@@ -274,9 +275,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - used, file=sys
     "body",
     [
         "b'r' + b'\\xff' * 4 + b'.'",
-        "b']' * 10**7",
-        "b'(' * 10**7",
-        "b'Nq\\x00' + b'h\\x00' * 10**7",
+        "b']' * 10**6",
+        "b'(' * 10**6",
+        "b'Nq\\x00' + b'h\\x00' * 10**6",
     ],
     ids=["memo", "lists", "marks", "repeats"],
 )
@@ -289,4 +290,4 @@ def test_no_pickle_fills_the_memory(body: str):
         check=True,
     )
     assert "refused to unpickle" in done.stdout
-    assert int(done.stderr) < 1_000_000_000
+    assert int(done.stderr) < 100_000_000  # 200 bytes an opcode, and some

@@ -17,8 +17,6 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from convert.errors import ConvertError
 
 DEPTH = 50
@@ -29,7 +27,6 @@ _GROWTH, _ALLOWANCE = (
 )  # a tree may be that many times as large as its pickle, and so many bytes more
 _LARGEST = 1 << 26  # and this in any case; all strings together, too
 _NAME_BYTES = 1024
-_RUN = 16
 _KEYS = (
     str,
     int,
@@ -56,7 +53,6 @@ def load(
     calls: Mapping[str, Callable[..., Any]] | None = None,
     constants: Mapping[str, Any] | None = None,
     persistent: Callable[[Any], Any] | None = None,
-    byte_runs: bool = False,
     max_opcodes: int = OPCODES,
 ) -> Any:
     """Returns what the pickle at the start of `data` holds; see `load_at`."""
@@ -67,7 +63,6 @@ def load(
         calls=calls,
         constants=constants,
         persistent=persistent,
-        byte_runs=byte_runs,
         max_opcodes=max_opcodes,
     )[0]
 
@@ -80,7 +75,6 @@ def load_at(
     calls: Mapping[str, Callable[..., Any]] | None = None,
     constants: Mapping[str, Any] | None = None,
     persistent: Callable[[Any], Any] | None = None,
-    byte_runs: bool = False,
     max_opcodes: int = OPCODES,
 ) -> tuple[Any, int]:
     """Returns what the pickle at byte `start` of `data` holds, and the byte after it.
@@ -92,8 +86,6 @@ def load_at(
       calls: the functions that the pickle may call, by their full name in it ("collections.OrderedDict").
       constants: what other names stand for; these cannot be called.
       persistent: makes a value of a persistent id; without it there may be none.
-      byte_runs: where many small numbers follow one another, as in a list that stands for bytes, a list holds one array
-        of them instead, a view of `data`; `as_bytes` makes one of all.
       max_opcodes: a longer pickle is refused.
 
     Raises:
@@ -101,22 +93,7 @@ def load_at(
     """
     with memoryview(data) as view:
         machine = _Machine(view, start, str(where), calls or {}, constants or {}, persistent)
-        if byte_runs:
-            machine.bytes = np.frombuffer(data, np.uint8)
         return machine.run(max_opcodes), machine.position
-
-
-def as_bytes(items: Any) -> np.ndarray:
-    """Returns a list of numbers, as `byte_runs` gives it, as one array; a view where it is one run.
-
-    Raises:
-      ValueError: something else is in it.
-    """
-    if type(items) is not list or not all(_is_byte(item) for item in items):
-        raise ValueError(f"expected a list of bytes, found {_kind(items)}")
-    if len(items) == 1 and isinstance(items[0], np.ndarray):
-        return items[0]
-    return np.concatenate([np.atleast_1d(np.asarray(x, np.uint8)) for x in [[], *items]])
 
 
 @dataclasses.dataclass(slots=True)
@@ -148,7 +125,6 @@ class _Machine:
         self.memo: dict[int, Any] = {}
         self.extents: dict[int, _Extent] = {}
         self.opcode = start
-        self.bytes: np.ndarray | None = None
         self.room = _LARGEST
         self.largest = min(_GROWTH * (len(data) - start) + _ALLOWANCE, _LARGEST)
 
@@ -340,24 +316,6 @@ class _Machine:
             raise self.refused(f"nothing is remembered as {index}")
         self.push(self.memo[index])
 
-    def small(self) -> None:
-        """Pushes a number below 256, or all that follow one another if they may be an array."""
-        if self.bytes is not None and (count := self.run_of_small(self.bytes)) >= _RUN:
-            self.push(self.bytes[self.opcode + 1 :][: 2 * count : 2])
-            self.position = self.opcode + 2 * count
-        else:
-            self.push(self.number("<B"))
-
-    def run_of_small(self, data: np.ndarray) -> int:
-        count, block = 0, _RUN
-        while True:
-            codes = data[self.opcode + 2 * count :][: 2 * block : 2]
-            same = codes == pickle.BININT1[0]
-            if not same.all() or len(codes) < block:
-                count += int(same.argmin()) if not same.all() else len(codes)
-                return min(count, (len(data) - self.opcode) // 2)
-            count, block = count + block, min(2 * block, 1 << 20)
-
     def counted(self, kind: str) -> memoryview:
         """Returns as many bytes as a number in front of them says."""
         length = self.number(kind)
@@ -371,10 +329,6 @@ class _Machine:
 
     def string(self, kind: str, encoding: str = "utf-8") -> None:
         self.push(self.text(self.counted(kind), encoding))
-
-
-def _is_byte(item: Any) -> bool:
-    return isinstance(item, np.ndarray) or (type(item) is int and 0 <= item < 256)
 
 
 def _kind(value: Any) -> str:
@@ -396,7 +350,7 @@ _STEPS: dict[int, Callable[[_Machine], None]] = {
     pickle.NEWTRUE[0]: lambda m: m.push(True),
     pickle.NEWFALSE[0]: lambda m: m.push(False),
     pickle.BININT[0]: lambda m: m.push(m.number("<i")),
-    pickle.BININT1[0]: _Machine.small,
+    pickle.BININT1[0]: lambda m: m.push(m.number("<B")),
     pickle.BININT2[0]: lambda m: m.push(m.number("<H")),
     pickle.LONG1[0]: lambda m: m.push(
         int.from_bytes(m.take(m.number("<B")), "little", signed=True)
