@@ -44,13 +44,18 @@ def imported(package: str) -> set[str]:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_import_is_a_declared_dependency(package):
     project = tomllib.loads((ROOT / "packages" / package / "pyproject.toml").read_text())["project"]
-    declared = {
-        re.split(r"[\[<>=!~ ]", d)[0].lower().replace("_", "-") for d in project["dependencies"]
+
+    def names(dependencies: list[str]) -> set[str]:
+        return {re.split(r"[\[<>=!~ ]", d)[0].lower().replace("_", "-") for d in dependencies}
+
+    declared = names(project["dependencies"])
+    extras = {
+        n for group in project.get("optional-dependencies", {}).values() for n in names(group)
     }
     distributions = importlib.metadata.packages_distributions()
     missing = {
         name
-        for name in imported(package) - (PEERS if package == "bench" else set())
+        for name in imported(package) - extras - (PEERS if package == "bench" else set())
         if not declared
         & {d.lower().replace("_", "-") for d in distributions.get(name, [f"flaxmill-{name}"])}
     }

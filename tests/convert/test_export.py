@@ -191,87 +191,23 @@ def test_the_working_directory_may_be_the_export(tmp_path: Path, model: Path):
 
 
 def test_wrong_input_is_told(tmp_path: Path, model: Path):
-    with pytest.raises(ConvertError, match="format 'gguf' is not one of hf"):
-        convert.export(model, to="gguf", out=tmp_path / "out")
+    with pytest.raises(ConvertError, match="format 'onnx' is not one of hf"):
+        convert.export(model, to="onnx", out=tmp_path / "out")
     with pytest.raises(ConvertError, match="no such model folder"):
         convert.export(tmp_path / "none", out=tmp_path / "out")
 
 
-class TestVerify:
-    """What is intact is confirmed; what differs is named."""
+def test_the_command_line_says_that_zero_biases_were_added(tmp_path: Path, model: Path):
+    config = dataclasses.replace(checkpoint.open(model).config, use_bias=False)
+    random_model(tmp_path / "m", config)
+    done = hf.run("convert.export", "--model=m", "--out=out", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "out\n")
+    assert done.stderr.startswith("note: the model has no biases")
 
-    def test_an_intact_folder_and_its_source(self, model: Path):
-        report = convert.verify(model, against=model.parent / "source")
-        assert (report.tensors, report.files) == (12 * hf.L + 4, len(hf.FILES) + 1)
-        assert "bit for bit" in str(report)
 
-    def test_a_cast_folder_is_compared_as_cast(self, tmp_path: Path, model: Path):
-        source = model.parent / "source"
-        half = convert.convert(source, out=tmp_path / "half", dtype="bfloat16")
-        assert str(convert.verify(half, against=source)).endswith(
-            f", equal to {source} cast to bfloat16"
-        )
-
-    def test_a_cast_folder_is_its_own_export_bit_for_bit(self, tmp_path: Path, model: Path):
-        half = convert.convert(model.parent / "source", out=tmp_path / "half", dtype="bfloat16")
-        exported = convert.export(half, out=tmp_path / "exported")
-        assert str(convert.verify(half, against=exported)).endswith("bit for bit")
-
-    def test_one_flipped_bit_and_one_changed_file_are_named(self, tmp_path: Path, model: Path):
-        copy = tmp_path / "copy"
-        copy.mkdir()
-        for path in model.iterdir():
-            (copy / path.name).write_bytes(path.read_bytes())
-        entry = checkpoint.open(copy).manifest["tensors"]["blocks.1.attn.out.bias"]
-        with (copy / entry["shard"]).open("r+b") as file:
-            file.seek(entry["offset"])
-            byte = file.read(1)
-            file.seek(entry["offset"])
-            file.write(bytes([byte[0] ^ 1]))
-        (copy / "tokenizer.json").write_text("{}")
-        (copy / "generation_config.json").unlink()
-        config = json.loads((copy / "config.json").read_text())
-        (copy / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-3}))
-        with pytest.raises(ConvertError) as told:
-            convert.verify(copy)
-        assert told.value.problems == (
-            "config.json has another hash than in the manifest",
-            "generation_config.json is missing",
-            "tokenizer.json has another hash than in the manifest",
-            "blocks.1.attn.out.bias has another hash than in the manifest",
-        )
-
-    def test_another_source_is_seen(self, tmp_path: Path, model: Path):
-        weights = hf.tensors()
-        weights["h.0.ln_2.bias"][5] += 1
-        other = hf.write(
-            tmp_path / "other", weights, config={**hf.CONFIG, "activation_function": "gelu"}
-        )
-        with pytest.raises(ConvertError) as told:
-            convert.verify(model, against=other)
-        assert told.value.problems == (
-            f"config.json describes another model than {other}",
-            f"blocks.0.ln_2.bias is not what {other} holds",
-        )
-
-    def test_the_command_line_says_that_zero_biases_were_added(self, tmp_path: Path, model: Path):
-        config = dataclasses.replace(checkpoint.open(model).config, use_bias=False)
-        random_model(tmp_path / "m", config)
-        done = hf.run("convert.export", "--model=m", "--out=out", cwd=tmp_path)
-        assert (done.returncode, done.stdout) == (0, "out\n")
-        assert done.stderr.startswith("note: the model has no biases")
-
-    def test_the_command_line(self, tmp_path: Path, model: Path):
-        done = hf.run(
-            "convert.export", f"--model={model}", "--to=hf", "--out=exported", cwd=tmp_path
-        )
-        assert (done.returncode, done.stdout, done.stderr) == (0, "exported\n", "")
-        done = hf.run("convert.verify", f"--model={model}", "--against=exported", cwd=tmp_path)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.startswith("40 tensors")
-        (tmp_path / "exported" / "model.safetensors").write_bytes(b"")
-        done = hf.run("convert.verify", f"--model={model}", "--against=exported", cwd=tmp_path)
-        assert "found 0 bytes" in hf.the_error(done)
+def test_the_command_line(tmp_path: Path, model: Path):
+    done = hf.run("convert.export", f"--model={model}", "--to=hf", "--out=exported", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "exported\n", "")
 
 
 def hf_model(dtype: str, **config):

@@ -25,6 +25,7 @@ def convert(
     *,
     out: str | Path,
     dtype: str = "keep",
+    experts: str = "keep",
     format: str = "auto",
     revision: str | None = None,
     overwrite: bool = False,
@@ -36,9 +37,10 @@ def convert(
 
     A path that exists is read, as `format` or by its content; any other string names a model on the hub ("gpt2-xl",
     "owner/name"), which is looked for in `models/src` first and downloaded otherwise, at `revision` (a branch, tag or
-    commit). `dtype` is "keep", or what every weight is cast to: "float32", "bfloat16", "float16". `resume` goes on with
-    the same conversion where an earlier one was interrupted or killed; `on_note` is told whether there was one.
-    `quiet=True` shows no progress, `None` shows it where stderr is a terminal.
+    commit). `dtype` is "keep", or what every weight is cast to: "float32", "bfloat16", "float16". `experts` is that
+    for the experts of a GPT-OSS alone, which are packed as "mxfp4" and which any other type unpacks. `resume` goes on
+    with the same conversion where an earlier one was interrupted or killed. `on_note` is told whether there was one,
+    and what is odd about the source. `quiet=True` shows no progress, `None` shows it where stderr is a terminal.
 
     Raises:
       ConvertError: nothing was written at `out`.
@@ -48,9 +50,16 @@ def convert(
 
     destination.for_model(out, overwrite=overwrite)
     if isinstance(source_or_model, Path) or Path(source_or_model).exists():
-        plan = importer.plan_source(source_or_model, dtype=dtype, format=format, revision=revision)
+        plan = importer.plan_source(
+            source_or_model, dtype=dtype, experts=experts, format=format, revision=revision
+        )
     else:
-        plan = importer.plan_model(source_or_model, dtype=dtype, revision=revision, quiet=quiet)
+        plan = importer.plan_model(
+            source_or_model, dtype=dtype, experts=experts, revision=revision, quiet=quiet
+        )
+    for note in plan.source.notes:
+        if on_note is not None:
+            on_note(note)
     return importer.write(
         plan, out, overwrite=overwrite, resume=resume, quiet=quiet, on_note=on_note
     )
@@ -83,13 +92,23 @@ def export(
 
 
 def verify(
-    model: str | Path, *, against: str | Path | None = None, quiet: bool | None = None
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    format: str = "auto",
+    logits: bool = False,
+    quiet: bool | None = None,
 ) -> "Report":
-    """Hashes every tensor and file of a model folder again, and with `against` derives every tensor from that source.
+    """Hashes every tensor and file of a model folder again and returns what was looked at.
+
+    `against` is a checkpoint, read as `format` or by its content, from which every tensor is derived again. `logits`
+    compares with torch, which must be installed, and names the first layer that differs.
 
     Raises:
       ConvertError: naming everything that differs.
     """
     from convert import verifier
 
-    return verifier.verify(model, against=against, quiet=quiet)
+    report = verifier.verify(model, against=against, format=format, logits=logits, quiet=quiet)
+    report.check()
+    return report

@@ -1,4 +1,4 @@
-"""The one progress bar of this package: bytes done, on stderr."""
+"""The progress bars of this package, on stderr: bytes done, or steps where there are only a few long ones."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -13,5 +13,16 @@ def bar(verb: str, total_bytes: int, quiet: bool | None) -> Iterator[Callable[[i
 
         def advance(nbytes: int) -> None:
             shown.update(nbytes)
+
+        yield advance
+
+
+@contextlib.contextmanager
+def steps(verb: str, total: int, quiet: bool | None) -> Iterator[Callable[[], None]]:
+    """Gives a function to be called after every step; the bar shows when the first two seconds are over."""
+    with tqdm(total=total, desc=verb, unit="step", delay=2, disable=quiet) as shown:
+
+        def advance() -> None:
+            shown.update()
 
         yield advance
