@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import os
 import random
-import resource
 import shlex
 import signal
 import subprocess
@@ -67,16 +66,6 @@ def wait_for_journal(out: Path, process: subprocess.Popen[Any], nbytes: int) -> 
 
 def command(source: Path, out: Path, *flags: str) -> list[str]:
     return [sys.executable, "-m", "convert", f"--source={source}", f"--out={out}", *flags]
-
-
-def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(*arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
 
 
 # Forks a conversion for each line, so that the imports are paid once, and prints its process id.
@@ -168,7 +157,9 @@ def test_killed_at_20_random_moments_it_goes_on_to_the_same_bytes(
 def interrupted(source: Path, out: Path, number: signal.Signals) -> subprocess.Popen[str]:
     """Returns a conversion that was ended by a signal while it wrote."""
     for _ in range(10):
-        process = start(source, out)
+        process = subprocess.Popen(
+            command(source, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         wait_for_journal(out, process, 1)
         process.send_signal(number)
         process.wait(timeout=60)
@@ -274,11 +265,11 @@ class TestDiskThatRefuses:
     """By the system itself: a limit, a full file system, one that is read-only, a path that cannot be."""
 
     def test_a_file_that_may_not_be_so_large(self, tmp_path: Path, source: Path):
-        def limit() -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
-
-        process = start(source, tmp_path / "out", preexec_fn=limit)
-        error = self.fails(process)
+        limited = ["sh", "-c", 'ulimit -f 2000; exec "$@"', "sh"]
+        done = subprocess.run(
+            [*limited, *command(source, tmp_path / "out")], capture_output=True, text=True
+        )
+        error = hf.the_error(done)
         assert "model-00001-of-00001.safetensors cannot be written: File too large" in error
         assert list(tmp_path.iterdir()) == []
 
@@ -299,15 +290,12 @@ class TestDiskThatRefuses:
 
     def test_a_path_below_a_file(self, tmp_path: Path, source: Path):
         (tmp_path / "file").write_text("x")
-        error = self.fails(start(source, tmp_path / "file" / "out"))
+        done = subprocess.run(
+            command(source, tmp_path / "file" / "out"), capture_output=True, text=True
+        )
+        error = hf.the_error(done)
         assert "Not a directory" in error
         assert hf.digests(tmp_path) == {"file": hf.digests(tmp_path)["file"]}
-
-    @staticmethod
-    def fails(process: subprocess.Popen[str]) -> str:
-        stdout, stderr = process.communicate(timeout=60)
-        done = subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-        return hf.the_error(done)
 
     @staticmethod
     def mounted(tmp_path: Path, options: str, source: Path) -> subprocess.CompletedProcess[str]:
