@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from convert import mapping
-from convert.importer import in_parts
 from convert.sources import COMPANIONS
 from convert.sources.nanogpt import CHECKPOINT, META
 from convert.tables import nanogpt
@@ -19,6 +18,7 @@ from convert.targets import torch_archive
 from core import axes, checkpoint
 from core.checkpoint import ModelFolder
 from core.config import GPT2Config
+from core.shards import in_parts
 
 IS_FILE = False
 DATASET = "flaxmill"
