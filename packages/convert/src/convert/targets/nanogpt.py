@@ -16,9 +16,8 @@ from convert.sources.nanogpt import CHECKPOINT, META
 from convert.tables import nanogpt
 from convert.targets import torch_archive
 from core import axes, checkpoint
-from core.checkpoint import ModelFolder
+from core.checkpoint import ModelFolder, parts
 from core.config import GPT2Config
-from core.shards import in_parts
 
 IS_FILE = False
 DATASET = "flaxmill"
@@ -68,7 +67,7 @@ def write(folder: ModelFolder, out: Path, on_bytes: Callable[[int], None]) -> li
             "config": {"dataset": DATASET} if characters is not None else {},
         },
         {keys[name]: array for name, array in weights.items()},
-        in_parts,
+        parts,
         on_bytes,
     )
     return _notes(config, characters)
