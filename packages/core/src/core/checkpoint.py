@@ -6,7 +6,7 @@
     tokenizer.json ...                   copied beside
 
 A tensor's name is its path in the parameter tree. Opening maps the files: a tensor that starts on 64 bytes becomes a
-JAX array on the CPU without a copy. Writing streams one tensor at a time into a sibling folder that takes the final
+JAX array on the CPU without a copy. Writing streams parts of a few megabytes (`core.shards`) into a sibling folder that takes the final
 name only when it is whole (`core.folders`), so a folder either has a manifest that is true or does not exist.
 """
 
