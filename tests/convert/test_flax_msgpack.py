@@ -1,5 +1,6 @@
 """flax's MessagePack, in and out: flax's own bytes are read, and the bytes that are written are flax's."""
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -158,6 +159,18 @@ def pack(value: Any) -> bytes:
     packed = msgpack.packb(value)
     assert packed is not None
     return packed
+
+
+def test_the_shortest_arrays_are_flaxs_bytes_too():
+    shapes = [(), (0,), (1,), (2,), (1, 1), (1, 1, 1), (255,), (256,), (65536,)]
+    tree = {
+        f"{dtype}{shape}": np.ones(shape, dtype)
+        for dtype in ("uint8", "float16", "float32")
+        for shape in shapes
+    }
+    file = io.BytesIO()
+    target.write_tree(tree, file, lambda nbytes: None)
+    assert file.getvalue() == flax.serialization.msgpack_serialize(tree)
 
 
 NDARRAY = pack(([2], "float32", bytes(8)))

@@ -81,6 +81,16 @@ def test_hugging_faces_names(tmp_path: Path):
     assert all(hf.same_bits(folder.tensors[n], x) for n, x in expected.items())
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_is_stored_repeats_the_embedding_or_is_its_own(tmp_path: Path, tied: bool):
+    expected = hf.as_parameters(hf.tensors())
+    head = expected["wte.embedding"] * (1 if tied else 2)
+    save(tmp_path / "s" / "model.npz", {**expected, "lm_head.kernel": head})
+    (tmp_path / "s" / "config.json").write_text(json.dumps(hf.CONFIG))
+    folder = checkpoint.open(convert.convert(tmp_path / "s", out=tmp_path / "out"))
+    assert ("lm_head.kernel" in folder.tensors) is not tied
+
+
 def test_the_config_may_be_inside(tmp_path: Path):
     file = save(tmp_path / "x.npz", hf.as_parameters(hf.tensors()))
     with zipfile.ZipFile(file, "a") as archive:
@@ -139,6 +149,7 @@ def test_an_export_is_the_same_bytes_and_its_arrays_begin_on_64_bytes(tmp_path: 
         assert tensor.read().__array_interface__["data"][0] % 64 == 0
     with zipfile.ZipFile(a) as archive:
         assert archive.testzip() is None
+        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
 def test_an_export_replaces_only_an_export(tmp_path: Path, model: Path):

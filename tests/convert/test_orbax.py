@@ -259,8 +259,11 @@ def test_chunks_are_consecutive_and_no_larger_than_a_part(
 def test_an_export_replaces_only_an_export(tmp_path: Path):
     model = convert.convert(hf.write(tmp_path / "s", hf.tensors()), out=tmp_path / "model")
     save_standard(tmp_path / "theirs", params())
-    with pytest.raises(ConvertError, match="is not an exported model"):
-        convert.export(model, to="orbax", out=tmp_path / "theirs", overwrite=True)
+    for config in (None, hf.CONFIG):
+        if config is not None:
+            (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ConvertError, match="is not an exported model"):
+            convert.export(model, to="orbax", out=tmp_path / "theirs", overwrite=True)
 
 
 _MEASURED = """

@@ -56,7 +56,7 @@ def test_every_type_is_read_bit_for_bit(
     monkeypatch.setattr(
         reader, "_PART", max(part, 64) if format == "msgpack" and part < 64 else part
     )
-    monkeypatch.setattr(serde_pickle, "_GROUP", part if part < 64 else 1000)
+    monkeypatch.setattr(serde_pickle, "_GROUP", part - 1 if part < 64 else 1000)
     finite = golden() | {"a.float16": golden()["a.float16"][:, ::2].copy()}
     finite["a.float16"][~np.isfinite(finite["a.float16"])] = 0
     source = tensorport.write(tmp_path / "s", finite, hf.CONFIG, format)
@@ -198,7 +198,15 @@ def test_a_pickle_of_anything_else_is_refused_by_its_opcode(tmp_path: Path, evil
 
 @pytest.mark.parametrize(
     ("number", "variant"),
-    [(1.5, "Uint8"), ("5", "Uint8"), (300, "Uint8"), (None, "Int64"), (1.5, "Int64")],
+    [
+        (1.5, "Uint8"),
+        ("5", "Uint8"),
+        (300, "Uint8"),
+        (None, "Int64"),
+        (1.5, "Int64"),
+        (-1, "Uint8"),
+        (1 << 31, "Float32"),
+    ],
 )
 def test_a_list_of_anything_but_its_numbers_is_refused(
     tmp_path: Path, number: object, variant: str
@@ -208,7 +216,9 @@ def test_a_list_of_anything_but_its_numbers_is_refused(
     source = tensorport.write(
         tmp_path / "s", {"x": np.zeros(3, variant.lower())}, hf.CONFIG, "msgpack"
     )
-    content = msgpack.packb({"x": [[3], variant.lower(), {variant: [1, number, 2]}]})
+    first = 1.0 if variant == "Float32" else 1
+    data = {variant: [first, number, first]}
+    content = msgpack.packb({"x": [[3], variant.lower(), data]}, use_single_float=True)
     assert content is not None
     (source / "shard_000.msgpack").write_bytes(content)
     with pytest.raises(ConvertError, match="x cannot be decoded"):

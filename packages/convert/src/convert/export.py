@@ -20,7 +20,8 @@ _TO = flags.DEFINE_enum(
     "to",
     "hf",
     list(targets.TARGETS),
-    "hf: what transformers' from_pretrained opens; gguf: a file for llama.cpp.",
+    "hf: what transformers' from_pretrained opens; gguf: a file for llama.cpp; npz, msgpack, orbax: "
+    "parameters by our names, as numpy, flax and Orbax open them.",
 )
 _TYPE = flags.DEFINE_enum(
     "type", "keep", ["keep", "f32", "f16", "bf16", "q8_0"], "What a gguf's matrices are stored as."
