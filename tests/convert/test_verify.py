@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flax import traverse_util
+from safetensors.numpy import load_file
 
 import convert
 import core
@@ -415,6 +416,37 @@ class TestLogits:
         half = convert.convert(original, out=tmp_path / "half", dtype="bfloat16")
         report = convert.verify(half, against=original, logits=True)
         assert f"transformers on {original} with its weights in bfloat16\n" in str(report)
+
+    def test_an_original_of_pytorch_is_opened_by_transformers(self, tmp_path: Path, original: Path):
+        torch = pytest.importorskip("torch")
+        transformers = pytest.importorskip("transformers")
+        loaded = transformers.GPT2LMHeadModel.from_pretrained(original)
+        older = tmp_path / "older"
+        older.mkdir()
+        torch.save(loaded.state_dict(), older / "pytorch_model.bin")
+        shutil.copy(original / "config.json", older)
+        model = convert.convert(older, out=tmp_path / "model")
+        report = convert.verify(model, against=older, logits=True)
+        assert str(report).startswith(f"float32 against transformers on {older}\n")
+        assert report.notes == (
+            "no text among the inputs of --logits: the folder has no tokenizer",
+        )
+
+    def test_a_folder_of_both_formats_is_read_as_it_was_verified(
+        self, tmp_path: Path, original: Path
+    ):
+        """Transformers would take the safetensors, and the logits would be of something else."""
+        torch = pytest.importorskip("torch")
+        both = shutil.copytree(original, tmp_path / "both")
+        state = {
+            n: torch.from_numpy(x.copy()) for n, x in load_file(both / "model.safetensors").items()
+        }
+        state["transformer.ln_f.bias"] += 1
+        torch.save(state, both / "pytorch_model.bin")
+        plan = importer.plan_source(both, format="torch")
+        model = importer.write(plan, tmp_path / "model")
+        report = convert.verify(model, against=both, format="torch", logits=True)
+        assert "our own conversion and export of" in str(report)
 
     def test_without_a_source_the_reference_is_our_own_export_and_that_is_said(
         self, tmp_path: Path

@@ -18,6 +18,7 @@ import numpy as np
 
 from convert import exporter, importer, progress, tables
 from convert.errors import ConvertError
+from convert.sources import safetensors
 from core.checkpoint import ModelFolder
 from core.config import Config
 from core.errors import ConfigError, TokenizerError
@@ -59,6 +60,7 @@ _FAMILIES = {
         "model.layers", {"attn": "self_attn", "moe": "mlp"}, norm=("norm_f", "model.norm")
     ),
 }
+_AS_IT_LIES = {"local_files_only": True, "trust_remote_code": False}
 _FIRST_BLOCK, _LOGITS = "blocks.0", "lm_head"
 
 
@@ -147,7 +149,7 @@ def compare(
         )
     inputs, notes = _inputs(folder)
     rounded = _rounded(folder)
-    with _reference(folder, plan) as (path, reference):
+    with _reference(folder, plan, quiet) as (path, reference):
 
         def run(verb: str, inputs: Mapping[str, np.ndarray], places: Mapping[str, str]) -> _Found:
             makers = (
@@ -223,7 +225,9 @@ def _rounded(folder: ModelFolder) -> str | None:
 
 
 @contextlib.contextmanager
-def _reference(folder: ModelFolder, plan: importer.Plan | None) -> Iterator[tuple[Path, str]]:
+def _reference(
+    folder: ModelFolder, plan: importer.Plan | None, quiet: bool | None
+) -> Iterator[tuple[Path, str]]:
     """Gives a folder that transformers opens, and what that is in words."""
     if plan is not None and _is_hugging_face(plan):
         yield plan.source.path, f"transformers on {plan.source.path}"
@@ -231,18 +235,21 @@ def _reference(folder: ModelFolder, plan: importer.Plan | None) -> Iterator[tupl
     with tempfile.TemporaryDirectory(prefix="flaxmill-logits-") as scratch:
         model, what = folder.path, "our own export of the folder"
         if plan is not None:
-            model = importer.write(plan, Path(scratch, "model"), quiet=True)
+            model = importer.write(plan, Path(scratch, "model"), quiet=quiet)
             what = f"our own conversion and export of {plan.source.path}"
         out = Path(scratch, "hf")
-        yield exporter.export(model, to="hf", out=out, quiet=True), f"transformers on {what}"
+        yield exporter.export(model, to="hf", out=out, quiet=quiet), f"transformers on {what}"
 
 
 def _is_hugging_face(plan: importer.Plan) -> bool:
+    """Tells whether transformers opens the source itself, and takes the same files of it as we do."""
     source = plan.source
     dialect = tables.recognize(source.path, source.config, source.tensors)
-    return (
-        dialect.name == "hf" and source.path.is_dir() and source.format in ("safetensors", "torch")
-    )
+    if dialect is not tables.HF or not source.path.is_dir():
+        return False
+    if source.format == "torch":  # transformers takes safetensors where there are both
+        return not any((source.path / n).exists() for n in (safetensors.SINGLE, safetensors.INDEX))
+    return source.format == "safetensors"
 
 
 Run = Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -357,7 +364,7 @@ def _load(path: Path, dtype: str) -> Any:
     settings = {}
     try:
         with _silent(transformers):
-            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(path, **_AS_IT_LIES)
             if getattr(config, "quantization_config", None) is not None:
                 settings = {"quantization_config": transformers.Mxfp4Config(dequantize=True)}
             if getattr(config, "reorder_and_upcast_attn", False):
@@ -368,8 +375,8 @@ def _load(path: Path, dtype: str) -> Any:
                 dtype=getattr(torch, dtype),
                 attn_implementation="eager",
                 experts_implementation="eager",
-                local_files_only=True,
                 output_loading_info=True,
+                **_AS_IT_LIES,
                 **settings,
             )
     except Exception as error:  # of many kinds
