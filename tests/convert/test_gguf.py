@@ -471,11 +471,12 @@ def decoded(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def test_the_nibbles_are_those_of_the_halves():
-    blocks = np.array([[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE] * 2], np.uint8)
+    upwards = [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]
+    downwards = [0xEF, 0xCD, 0xAB, 0x89, 0x67, 0x45, 0x23, 0x01]
+    blocks = np.array([[*upwards, *downwards]], np.uint8)
     packed = weights.repack_mxfp4(blocks, np.array([127], np.uint8))
-    assert packed.tolist() == [[127] + [code * 17 for code in range(16)]]
-    unpacked = gguf.quants.dequantize(packed, Kind.MXFP4)
-    assert unpacked.tolist() == [[*CODES, *CODES]]
+    assert packed.tolist() == [[127, *(code + 16 * (15 - code) for code in range(16))]]
+    assert gguf.quants.dequantize(packed, Kind.MXFP4).tolist() == [[*CODES, *CODES[::-1]]]
 
 
 def test_gpt_oss_keeps_every_packed_number(tmp_path: Path):
@@ -578,9 +579,12 @@ def test_gpt_oss_has_the_keys_that_llama_cpp_reads(tmp_path: Path):
 
 def test_a_gpt_oss_that_llama_cpp_computes_otherwise_is_refused(tmp_path: Path):
     config = GptOssConfig(
-        **GPT_OSS, layer_types=("full_attention",) * 3, swiglu_limit=0.5, swiglu_alpha=1.0
+        **GPT_OSS,
+        layer_types=("full_attention",) * 3,
+        swiglu_limit=0.5,
+        rope_beta_fast=16.0,
     )
-    with pytest.raises(ConvertError, match=r"layer_types .*swiglu_alpha=1\.0"):
+    with pytest.raises(ConvertError, match=r"layer_types .*swiglu_limit=0\.5.*beta_fast=16"):
         export(folder(tmp_path / "m", config))
 
 

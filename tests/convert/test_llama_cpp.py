@@ -233,10 +233,11 @@ def gpt_oss(
         num_experts_per_tok=experts_per_token,
         max_position_embeddings=256,
         sliding_window=7,
+        rms_norm_eps=1e-3,
         rope_parameters={
             "rope_type": "yarn",
-            "rope_theta": 150000.0,
-            "factor": 32.0,
+            "rope_theta": 10000.0,
+            "factor": 8.0,
             "beta_fast": 32.0,
             "beta_slow": 1.0,
             "truncate": truncate,
@@ -278,7 +279,8 @@ def test_llama_cpp_continues_as_transformers_gpt_oss_does(tmp_path: Path, head_d
 
 
 def test_what_llama_cpp_leaves_of_an_untruncated_yarn_is_no_more_than_said(tmp_path: Path):
-    model = gpt_oss(head_dim=64, truncate=False, original_max_position_embeddings=4096)
+    published = {"rope_theta": 150000.0, "factor": 32.0, "original_max_position_embeddings": 4096}
+    model = gpt_oss(head_dim=64, truncate=False, **published)
     model.save_pretrained(tmp_path / "hf")
     notes: list[str] = []
     folder = convert.convert(tmp_path / "hf", out=tmp_path / "m")

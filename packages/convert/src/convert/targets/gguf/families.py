@@ -176,6 +176,11 @@ def _gpt_oss_problems(config: GptOssConfig) -> list[str]:
             f"swiglu_alpha={config.swiglu_alpha} and swiglu_limit={config.swiglu_limit}: "
             "llama.cpp's GPT-OSS has 1.702 and 7"
         )
+    if (config.rope_beta_fast, config.rope_beta_slow) != (32.0, 1.0):  # it overlooks their keys
+        problems.append(
+            f"rope_beta_fast={config.rope_beta_fast} and rope_beta_slow={config.rope_beta_slow}: "
+            "llama.cpp's GPT-OSS has 32 and 1"
+        )
     return problems
 
 
