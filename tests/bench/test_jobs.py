@@ -95,7 +95,8 @@ def test_commands_are_added_up():
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_memory_before_the_mark_is_the_idle_process_and_after_it_is_the_work():
     code = (
-        "import os, sys, time; idle = b'x' * 50_000_000; "
+        "import os, sys, time; before = b'z' * 200_000_000; time.sleep(0.05); del before; "
+        "idle = b'x' * 50_000_000; "
         "os.write(int(sys.argv[1]), b'%d' % time.monotonic_ns()); time.sleep(0.1); "
         "work = b'y' * 90_000_000; time.sleep(0.1)"
     )
