@@ -262,7 +262,7 @@ def test_a_model_folder_is_where_fine_tuning_begins(finished: train.Result, conf
     assert looked.losses["val_loss"] == pytest.approx(finished.best_val_loss, abs=1e-6)
     assert not Path(config.out_dir).exists()
     tuned = run(config, **start, **shape, block_size=8, max_iters=10)
-    assert core.load(tuned.model_dir)[0].config.n_positions == 8
+    assert core.load(tuned.model_dir)[0].config.context_length == 8
     assert tuned.rows()[0]["val_loss"] == pytest.approx(finished.best_val_loss, abs=0.1)
 
 

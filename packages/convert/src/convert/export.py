@@ -8,6 +8,7 @@ if __name__ != "__main__":
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -33,7 +34,7 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replaces --out.")
 def main() -> None:
     if not _MODEL.value or not _OUT.value:
         raise door.Usage("give --model=DIR and --out=PATH")
-    options = {"type": _TYPE.value} if _TO.value == "gguf" else {}
+    options: dict[str, Any] = {"type": _TYPE.value} if _TO.value == "gguf" else {}
     if _TYPE.value != "keep" and not options:
         raise door.Usage(f"--type is for --to=gguf; --to={_TO.value} keeps the types")
     model = Path(_MODEL.value).absolute()  # the working directory may be what --out replaces

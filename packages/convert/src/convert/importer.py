@@ -1,6 +1,6 @@
 """From a checkpoint to a model folder: everything is planned and checked first, then the tensors stream through.
 
-A plan has opened the source and found every parameter in it; writing reads one tensor at a time and never holds two.
+A plan has opened the source and found every parameter in it; writing reads a few megabytes at a time.
 """
 
 import dataclasses

@@ -216,11 +216,12 @@ def _same_bytes(a: SourceTensor, b: SourceTensor, chunk: int = 1 << 24) -> bool:
         return False
     a_array, b_array = a.read(), b.read()
     rows = max(1, chunk // max(1, a_array[:1].nbytes)) if a.shape else 1
-    pairs = (
-        (part.reshape(-1).view(np.uint8) for part in (a_array[i : i + rows], b_array[i : i + rows]))
-        for i in range(0, math.prod(a.shape[:1]), rows)
-    )
-    return all(np.array_equal(*pair) for pair in pairs)
+
+    def same(part: slice) -> bool:
+        a_bytes, b_bytes = (x[part].reshape(-1).view(np.uint8) for x in (a_array, b_array))
+        return np.array_equal(a_bytes, b_bytes)
+
+    return all(same(slice(i, i + rows)) for i in range(0, math.prod(a.shape[:1]), rows))
 
 
 def _misfits(tensor: SourceTensor, held: list[Move], config: Config) -> Iterator[str]:

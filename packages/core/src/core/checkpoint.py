@@ -6,8 +6,8 @@
     tokenizer.json ...                   copied beside
 
 A tensor's name is its path in the parameter tree. Opening maps the files: a tensor that starts on 64 bytes becomes a
-JAX array on the CPU without a copy. Writing streams parts of a few megabytes (`core.shards`) into a sibling folder that takes the final
-name only when it is whole (`core.folders`), so a folder either has a manifest that is true or does not exist.
+JAX array on the CPU without a copy. Writing streams parts of a few megabytes (`core.shards`) into a sibling folder that
+takes the final name only when it is whole (`core.folders`), so a folder has a manifest that is true or does not exist.
 """
 
 import contextlib

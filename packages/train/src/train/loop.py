@@ -273,9 +273,9 @@ def _throughput(config: TrainConfig, origin: Origin, device: Device) -> Throughp
     model = origin.model.config
     flops = metrics.flops_per_token(
         parameters=model.parameter_count,
-        layers=model.n_layer,
-        width=model.n_embd,
-        positions=model.n_positions,
+        layers=model.axes["L"],
+        width=model.axes["D"],
+        positions=model.context_length,
         block_size=config.block_size,
     )
     return Throughput(config.tokens_per_step, flops, metrics.peak_flops(device.device_kind))

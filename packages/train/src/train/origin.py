@@ -100,7 +100,9 @@ def _from_checkpoint(
 def _from_folder(config: TrainConfig, dataset: Dataset) -> tuple[Model, Params]:
     path = _folder(config)
     folder = model_folder.open(path)
-    found = build(folder.config).config
+    found = folder.config
+    if not isinstance(found, GPT2Config):
+        raise TrainError(f"{path}: a {found.family}; {GPT2Config.family} is what can be trained")
     _check_shape(config, found, path)
     _check_vocabulary(path, found, dataset)
     if config.block_size > found.n_positions:

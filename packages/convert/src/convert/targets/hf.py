@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from convert import mapping, tables
-from convert.importer import in_parts
 from convert.sources import CONFIG, safetensors
-from core import axes, checkpoint
+from core import axes, checkpoint, workers
 from core.checkpoint import ModelFolder, TensorSpec
 from core.config import Config, GPT2Config
 
@@ -109,10 +108,11 @@ def _write_weights(
             out / (safetensors.SINGLE if single else name),
             # The reference writer's order and alignment: wide types first, then by name, on 8 bytes.
             sorted(shard, key=lambda spec: (-weights[spec.name].itemsize, spec.name)),
-            lambda spec: in_parts(weights[spec.name]),
+            lambda spec: checkpoint.parts(weights[spec.name]),
             on_bytes,
             kind="pt",
             alignment=8,
+            threads=workers.COUNT,
         )
         weight_map |= dict.fromkeys((spec.name for spec in shard), name)
     if len(shards) > 1:
