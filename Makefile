@@ -13,6 +13,7 @@ MODEL ?= gpt2
 CONFIG ?= configs/shakespeare_char.py
 PROMPT ?= The flax mill
 INPUT ?=
+TO ?= hf
 OUT ?=
 SUITE ?= ci
 export PROMPT INPUT OUT # quoted by the shell, whatever is in them
@@ -25,7 +26,7 @@ PACKAGES := core convert train serve_batch bench
 RUN := .venv/bin/python -m
 PYTEST := pytest -n auto --maxprocesses 4
 
-.PHONY: help sync demo test test-slow parity check format convert train generate batch bench env pins clean uv
+.PHONY: help sync demo test test-slow parity check format convert export verify train generate batch bench env pins clean uv
 
 help: ## Prints this help.
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -57,6 +58,12 @@ format: .venv/.synced ## Formats the code and mends what lint can mend.
 
 convert: .venv/.synced ## Downloads and converts MODEL=gpt2|gpt2-medium|gpt2-large|gpt2-xl|distilgpt2|OWNER/NAME.
 	@$(RUN) convert --model=$(MODEL) $(ARGS)
+
+export: .venv/.synced ## Writes models/MODEL as TO=hf|gguf|nanogpt|orbax|npz|msgpack at OUT=PATH.
+	@$(RUN) convert.export --model=models/$(MODEL) --to=$(TO) --out="$$OUT" $(ARGS)
+
+verify: .venv/.synced ## Checks every hash of models/MODEL; ARGS=--against=SOURCE derives every tensor again.
+	@$(RUN) convert.verify --model=models/$(MODEL) $(ARGS)
 
 train: .venv/.synced ## Trains CONFIG=configs/....py
 	@$(RUN) train --config=$(CONFIG) $(ARGS)
