@@ -166,3 +166,17 @@ def test_gradients_are_torch_s():
         scale = np.abs(expected).max()
         assert scale > 1e-6
         np.testing.assert_allclose(node, expected, atol=2e-4 * scale, rtol=1e-3, err_msg=ours)
+
+
+def test_the_loss_is_transformers_with_its_router_logits():
+    torch = pytest.importorskip("torch")
+    config = tiny.config(router_aux_loss_coef=0.3)
+    flat, ids = tiny.weights(config), tokens(config, 2, T + 1)
+    with torch.no_grad():
+        out = theirs(config, flat)(torch.tensor(ids[:, :-1]), output_router_logits=True)
+        entropy = torch.nn.functional.cross_entropy(
+            out.logits.flatten(0, 1), torch.tensor(ids[:, 1:]).flatten()
+        )
+    batch = core.Batch(jnp.asarray(ids[:, :-1]), jnp.asarray(ids[:, 1:]))
+    found = jax.jit(core.loss, static_argnums=1)(tiny.params(flat), core.build(config), batch)
+    np.testing.assert_allclose(found, (entropy + 0.3 * out.aux_loss).item(), rtol=1e-5)

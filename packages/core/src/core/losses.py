@@ -1,10 +1,16 @@
-"""The language-modelling loss: mean cross-entropy of the next token, in nats."""
+"""The language-modelling loss: mean cross-entropy of the next token, in nats, and what keeps experts in balance."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from core import moe
+from core.config import GptOssConfig
+from core import moe
+from core.config import GptOssConfig
+from core import moe
+from core.config import GptOssConfig
 from core.models import Model, Params
 
 
@@ -16,6 +22,27 @@ class Batch(NamedTuple):
 
     inputs_BT: jax.Array
     targets_BT: jax.Array
+
+
+class Terms(NamedTuple):
+    """What a loss is the sum of: `cross_entropy` and, in a mixture of experts, a multiple of `load_balance`."""
+
+    cross_entropy: jax.Array
+    load_balance: jax.Array | None
+
+
+class Terms(NamedTuple):
+    """What a loss is the sum of: `cross_entropy` and, in a mixture of experts, a multiple of `load_balance`."""
+
+    cross_entropy: jax.Array
+    load_balance: jax.Array | None
+
+
+class Terms(NamedTuple):
+    """What a loss is the sum of: `cross_entropy` and, in a mixture of experts, a multiple of `load_balance`."""
+
+    cross_entropy: jax.Array
+    load_balance: jax.Array | None
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -40,10 +67,37 @@ def loss(
     *,
     dropout_key: jax.Array | None = None,
     dtype: Any = jnp.float32,
+    auxiliary: bool = True,
 ) -> jax.Array:
     """Returns the mean cross-entropy of `batch` in nats; differentiable in `params`.
 
+    With `auxiliary`, a mixture of experts adds its load balance times the configuration's `router_aux_loss_coef`: what
+    training goes down. Without, models of all families can be compared.
+
     >>> loss_and_grads = jax.value_and_grad(loss)
     """
-    logits_BTV = model.apply(params, batch.inputs_BT, dropout_key=dropout_key, dtype=dtype)
-    return cross_entropy(logits_BTV, batch.targets_BT)
+    found = terms(params, model, batch, dropout_key=dropout_key, dtype=dtype)
+    if not auxiliary or found.load_balance is None or not isinstance(model.config, GptOssConfig):
+        return found.cross_entropy
+    return found.cross_entropy + model.config.router_aux_loss_coef * found.load_balance
+
+
+def terms(
+    params: Params,
+    model: Model,
+    batch: Batch,
+    *,
+    dropout_key: jax.Array | None = None,
+    dtype: Any = jnp.float32,
+) -> Terms:
+    """Returns the parts of `loss`, to report them apart.
+
+    All inputs count in the load balance, also where no target does; see `core.moe.load_balance`.
+    """
+    logits_BTV, routers = model.apply_and_route(
+        params, batch.inputs_BT, dropout_key=dropout_key, dtype=dtype
+    )
+    entropy = cross_entropy(logits_BTV, batch.targets_BT)
+    if not routers or not isinstance(model.config, GptOssConfig):
+        return Terms(entropy, None)
+    return Terms(entropy, moe.load_balance(routers, model.config.num_experts_per_tok))

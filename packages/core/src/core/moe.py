@@ -1,6 +1,12 @@
-"""A mixture of experts (Shazeer et al. 2017, arXiv:1701.06538) as GPT-OSS has it: a router, clamped SwiGLU experts."""
+"""A mixture of experts (Shazeer et al. 2017, arXiv:1701.06538) as GPT-OSS has it: a router, clamped SwiGLU experts.
 
-from typing import NamedTuple
+No expert has a capacity and no row is dropped: the pairs of a row and one of its experts are sorted by expert, and each
+expert's kernels meet its own rows (Gale et al. 2022, arXiv:2211.15841).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,24 +24,25 @@ class Experts(NamedTuple):
     down_EFD: jax.Array | MXFP4
     down_bias_ED: jax.Array
 
-    def expert(self, index: jax.Array) -> "Experts":
-        """Returns one expert's parameters, without the axis E."""
-        gate_up, down = (
-            kernel.expert(index) if isinstance(kernel, MXFP4) else kernel[index]
-            for kernel in (self.gate_up_EDF2, self.down_EFD)
-        )
-        return Experts(gate_up, self.gate_up_bias_EF2[index], down, self.down_bias_ED[index])
+
+class Groups(NamedTuple):
+    """Where the rows of each expert lie, one expert after another."""
+
+    begin_E: jax.Array
+    size_E: jax.Array
 
 
-def route(
-    x_RD: jax.Array, kernel_DE: jax.Array, bias_E: jax.Array, count: int
-) -> tuple[jax.Array, jax.Array]:
+def router_logits(x_RD: jax.Array, kernel_DE: jax.Array, bias_E: jax.Array) -> jax.Array:
+    """Returns logits_RE, in float32 whatever `x` is: in bfloat16 near ties fall to either side."""
+    kernel_DE, bias_1E = kernel_DE.astype(jnp.float32), bias_E.astype(jnp.float32)[None]
+    return x_RD.astype(jnp.float32) @ kernel_DE + bias_1E
+
+
+def route(logits_RE: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Returns the weights and the numbers of the `count` experts of each row, [R, count]; the weights sum to 1.
 
-    The softmax is over the chosen alone. All in float32: in bfloat16 near ties fall to either side.
+    The softmax is over the chosen alone.
     """
-    kernel_DE, bias_1E = kernel_DE.astype(jnp.float32), bias_E.astype(jnp.float32)[None]
-    logits_RE = x_RD.astype(jnp.float32) @ kernel_DE + bias_1E
     highest_RC, chosen_RC = jax.lax.top_k(logits_RE, count)
     return jax.nn.softmax(highest_RC, axis=-1), chosen_RC
 
@@ -48,17 +55,52 @@ def mix(
     *,
     alpha: float,
     limit: float,
-    trains: bool,
+    ragged: bool | None = None,
 ) -> jax.Array:
-    """Returns each row's weighted sum of what its experts make of it, in float32.
+    """Returns each row's weighted sum of what its experts make of it, in float32; differentiable but in packed kernels.
 
-    Here the form of the computation is chosen. With `trains`, dense kernels all meet all rows, which has a gradient and
-    costs E / C times the arithmetic. Otherwise rows meet their own experts only, and one expert at a time is unpacked.
+    Here the form of the computation is chosen: `jax.lax.ragged_dot` for dense kernels on an accelerator; a loop over
+    tiles of rows on a CPU, where the former costs up to 20 times as much (docs/log.md), and for packed kernels, of
+    which one expert at a time is unpacked. `ragged` chooses for dense kernels.
     """
-    if trains and not isinstance(experts.down_EFD, MXFP4):
-        return _all_experts(x_RD, weights_RC, chosen_RC, experts, alpha, limit)
-    y_RCD = _chosen_experts(x_RD, chosen_RC, experts, alpha, limit)
-    return (y_RCD * weights_RC[..., None]).sum(1)
+    R, C = chosen_RC.shape
+    E, D = experts.down_bias_ED.shape
+    expert_P = chosen_RC.reshape(-1)
+    order_P = jnp.argsort(expert_P, stable=True)
+    size_E = jnp.bincount(expert_P, length=E)
+    groups = Groups(jnp.cumsum(size_E) - size_E, size_E)
+
+    ragged = jax.default_backend() != "cpu" if ragged is None else ragged
+    tile = _tile(R * C, E)
+
+    def product(x_PI: jax.Array, kernel: jax.Array | MXFP4, bias_EO: jax.Array) -> jax.Array:
+        if ragged and not isinstance(kernel, MXFP4):
+            return _ragged(x_PI, kernel, bias_EO, groups)
+        return _tiled(x_PI, kernel, bias_EO, groups, tile)
+
+    gate_up_PF2 = product(
+        x_RD[order_P // C],
+        _matrices(experts.gate_up_EDF2, D),
+        experts.gate_up_bias_EF2.reshape(E, -1),
+    ).reshape(R * C, -1, 2)
+    h_PF = swiglu(gate_up_PF2, alpha, limit).astype(x_RD.dtype)
+    down = _matrices(experts.down_EFD, h_PF.shape[1])
+    y_PD = product(h_PF, down, experts.down_bias_ED)
+    y_PD = jnp.zeros_like(y_PD).at[order_P].set(y_PD, unique_indices=True)
+    return (y_PD.reshape(R, C, D) * weights_RC[..., None]).sum(1)
+
+
+def load_balance(routers: Sequence[jax.Array], count: int) -> jax.Array:
+    """Returns how unequally the `count` experts of each row are spread, over the logits_RE of all layers together.
+
+    The E-fold sum over experts of the share of rows that chose one times its mean probability (Fedus et al. 2021,
+    arXiv:2101.03961, equations 4-6): `count` when all are equal, E at most. The gradient is that of the probabilities.
+    """
+    logits_RE = jnp.concatenate(routers)
+    R, E = logits_RE.shape
+    _, chosen_RC = jax.lax.top_k(logits_RE, count)
+    share_E = jnp.bincount(chosen_RC.reshape(-1), length=E) / R
+    return E * (share_E * jax.nn.softmax(logits_RE, axis=-1).mean(0)).sum()
 
 
 def swiglu(gate_up_XF2: jax.Array, alpha: float, limit: float) -> jax.Array:
@@ -68,73 +110,117 @@ def swiglu(gate_up_XF2: jax.Array, alpha: float, limit: float) -> jax.Array:
     return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)
 
 
-def _all_experts(
-    x_RD: jax.Array,
-    weights_RC: jax.Array,
-    chosen_RC: jax.Array,
-    experts: Experts,
-    alpha: float,
-    limit: float,
+def _ragged(
+    x_PI: jax.Array, kernel_EIO: jax.Array, bias_EO: jax.Array, groups: Groups
 ) -> jax.Array:
-    E = experts.down_bias_ED.shape[0]
-    rows_R1 = jnp.arange(len(x_RD))[:, None]
-    weights_RE = jnp.zeros((len(x_RD), E)).at[rows_R1, chosen_RC].set(weights_RC)
+    """What `_tiled` gives, of rows that all belong to an expert, by the backend's own product of groups."""
+    y_PO = jax.lax.ragged_dot(
+        x_PI,
+        kernel_EIO.astype(x_PI.dtype),
+        groups.size_E.astype(jnp.int32),
+        preferred_element_type=jnp.float32,
+    )
+    expert_P = jnp.repeat(jnp.arange(len(bias_EO)), groups.size_E, total_repeat_length=len(x_PI))
+    return y_PO + bias_EO.astype(jnp.float32)[expert_P]
 
-    def one(expert: Experts) -> jax.Array:
-        return _expert(x_RD, expert, alpha, limit)
 
-    y_ERD = jax.vmap(one)(experts)
-    return jnp.einsum("ERD,RE->RD", y_ERD, weights_RE)
-
-
-def _chosen_experts(
-    x_RD: jax.Array, chosen_RC: jax.Array, experts: Experts, alpha: float, limit: float
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _tiled(
+    x_PI: jax.Array, kernel: jax.Array | MXFP4, bias_EO: jax.Array, groups: Groups, tile: int
 ) -> jax.Array:
-    """Returns y_RCD, in float32: rows sorted by expert go through in tiles of one expert each.
+    """Returns each row times its expert's kernel, plus its bias, [P, O] in float32; zero in rows of no group.
 
-    A tile has a size that R alone decides, so that a row's numbers do not depend on where the others go.
+    Kernels are [E, I, O], packed ones [E, O, Q, Y]. Rows go through in tiles of one expert each, whose size does not
+    depend on who is chosen, so that a row's numbers do not depend on where the others go.
     """
-    R, C = chosen_RC.shape
-    E, D = experts.down_bias_ED.shape
-    pairs = R * C
+    padded_PI = _padded(x_PI, tile)
+
+    def take(e: jax.Array, begin: jax.Array, own_t1: jax.Array, y_PO: jax.Array) -> jax.Array:
+        x_tI = jax.lax.dynamic_slice_in_dim(padded_PI, begin, tile)
+        y_tO = _product(x_tI, *_expert(kernel, e, x_PI.dtype))
+        y_tO = y_tO + bias_EO[e].astype(jnp.float32)[None]
+        # What of the tile is the next expert's is written again by the next tile.
+        y_tO = jnp.where(own_t1, y_tO, 0)
+        return jax.lax.dynamic_update_slice_in_dim(y_PO, y_tO, begin, 0)
+
+    y_PO = jnp.zeros((len(padded_PI), bias_EO.shape[1]))
+    return _for_tiles(groups, tile, take, y_PO)[: len(x_PI)]
+
+
+def _tiled_forward(x_PI, kernel, bias_EO, groups, tile):
+    return _tiled(x_PI, kernel, bias_EO, groups, tile), (x_PI, kernel, bias_EO, groups)
+
+
+def _tiled_backward(tile, saved, dy_PO):
+    """The same loop over the transposed kernels; their gradients are summed in place, an expert's in its tiles."""
+    x_PI, kernel, bias_EO, groups = saved
+    padded_PI, padded_PO = _padded(x_PI, tile), _padded(dy_PO, tile)
+    packed = isinstance(kernel, MXFP4)
+
+    def take(e: jax.Array, begin: jax.Array, own_t1: jax.Array, sums: Any) -> Any:
+        dx_PI, dkernel_EIO, dbias_EO = sums
+        x_tI = jnp.where(own_t1, jax.lax.dynamic_slice_in_dim(padded_PI, begin, tile), 0)
+        dy_tO = jnp.where(own_t1, jax.lax.dynamic_slice_in_dim(padded_PO, begin, tile), 0)
+        dbias_EO = dbias_EO.at[e].add(dy_tO.sum(0))
+        dy_tO = dy_tO.astype(x_PI.dtype)
+        matrix, inputs = _expert(kernel, e, x_PI.dtype)
+        dx_tI = _product(dy_tO, matrix, 1 - inputs).astype(x_PI.dtype)
+        dx_PI = jax.lax.dynamic_update_slice_in_dim(dx_PI, dx_tI, begin, 0)
+        if not packed:
+            dkernel_EIO = dkernel_EIO.at[e].add(_product(x_tI.T, dy_tO, 0))
+        return dx_PI, dkernel_EIO, dbias_EO
+
+    zeros_EIO = None if packed else jnp.zeros(kernel.shape)
+    zeros = jnp.zeros_like(padded_PI), zeros_EIO, jnp.zeros(bias_EO.shape)
+    dx_PI, dkernel_EIO, dbias_EO = _for_tiles(groups, tile, take, zeros)
+    dkernel_EIO = None if packed else dkernel_EIO.astype(kernel.dtype)
+    return dx_PI[: len(x_PI)], dkernel_EIO, dbias_EO.astype(bias_EO.dtype), None
+
+
+_tiled.defvjp(_tiled_forward, _tiled_backward)
+
+
+def _for_tiles(groups: Groups, tile: int, take: Callable[..., Any], carry: Any) -> Any:
+    """Calls take(expert, first row, which rows of the tile are the expert's [t, 1], carry) for each tile in order."""
+    tiles_E = (groups.size_E + tile - 1) // tile
+    last_E = jnp.cumsum(tiles_E)
+
+    def one(i: jax.Array, carry: Any) -> Any:
+        e = jnp.searchsorted(last_E, i, side="right")
+        before = (i - last_E[e] + tiles_E[e]) * tile
+        own_t1 = (before + jnp.arange(tile) < groups.size_E[e])[:, None]
+        return take(e, groups.begin_E[e] + before, own_t1, carry)
+
+    return jax.lax.fori_loop(0, last_E[-1], one, carry)
+
+
+def _tile(pairs: int, E: int) -> int:
     tile = 1
     while tile * E < pairs and tile < _LARGEST_TILE:
         tile *= 2
-
-    expert_P = chosen_RC.reshape(-1)
-    order_P = jnp.argsort(expert_P, stable=True)
-    size_E = jnp.bincount(expert_P, length=E)
-    end_E = jnp.cumsum(size_E)
-    tiles_E = (size_E + tile - 1) // tile
-    last_tile_E = jnp.cumsum(tiles_E)
-
-    def take_tile(i: jax.Array, y_PD: jax.Array) -> jax.Array:
-        e = jnp.searchsorted(last_tile_E, i, side="right")
-        begin = end_E[e] - size_E[e] + (i - last_tile_E[e] + tiles_E[e]) * tile
-        places_t = begin + jnp.arange(tile)
-        pair_t = jnp.where(places_t < end_E[e], order_P[jnp.minimum(places_t, pairs - 1)], pairs)
-        x_tD = x_RD[jnp.minimum(pair_t // C, R - 1)]
-        y_tD = _expert(x_tD, experts.expert(e), alpha, limit)
-        return y_PD.at[pair_t].set(y_tD, mode="drop")
-
-    y_PD = jax.lax.fori_loop(0, last_tile_E[-1], take_tile, jnp.zeros((pairs, D)))
-    return y_PD.reshape(R, C, D)
+    return tile
 
 
-def _expert(x_RD: jax.Array, expert: Experts, alpha: float, limit: float) -> jax.Array:
-    """Returns what one expert (the fields of `expert` without their axis E) makes of every row, in float32."""
-    bias_1F2 = expert.gate_up_bias_EF2.astype(jnp.float32)[None]
-    h_RF2 = _product(x_RD, expert.gate_up_EDF2).reshape(-1, *bias_1F2.shape[1:]) + bias_1F2
-    h_RF = swiglu(h_RF2, alpha, limit).astype(x_RD.dtype)
-    return _product(h_RF, expert.down_EFD) + expert.down_bias_ED.astype(jnp.float32)[None]
+def _padded(x_PI: jax.Array, rows: int) -> jax.Array:
+    return jnp.pad(x_PI, ((0, rows), (0, 0)))
 
 
-def _product(x_RI: jax.Array, kernel: jax.Array | MXFP4) -> jax.Array:
-    """Returns `x` times one expert's kernel, [R, O] in float32; packed kernels are [O, I], dense ones [I, O]."""
+def _matrices(kernel: jax.Array | MXFP4, inputs: int) -> jax.Array | MXFP4:
+    """Returns the kernel with its output axes as one."""
+    if not isinstance(kernel, MXFP4):
+        return kernel.reshape(kernel.shape[0], inputs, -1)
+    E, *_, Q, Y = kernel.blocks_EOQY.shape
+    return MXFP4(kernel.blocks_EOQY.reshape(E, -1, Q, Y), kernel.scales_EOQ.reshape(E, -1, Q))
+
+
+def _expert(kernel: jax.Array | MXFP4, e: jax.Array, dtype: Any) -> tuple[jax.Array, int]:
+    """Returns one expert's kernel as a matrix, and which of its axes is the input's."""
     if isinstance(kernel, MXFP4):
-        dense, axis = kernel.decode(x_RI.dtype).reshape(-1, x_RI.shape[1]), 1
-    else:
-        dense, axis = kernel.reshape(x_RI.shape[1], -1).astype(x_RI.dtype), 0
-    return jax.lax.dot_general(
-        x_RI, dense, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32
-    )
+        return kernel.expert(e).decode(dtype), 1
+    return kernel[e].astype(dtype), 0
+
+
+def _product(x_RI: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
+    """Returns `x` times a matrix of which `axis` is contracted, in float32."""
+    contracted = (((1,), (axis,)), ((), ()))
+    return jax.lax.dot_general(x_RI, matrix, contracted, preferred_element_type=jnp.float32)

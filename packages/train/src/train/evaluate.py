@@ -24,7 +24,7 @@ def evaluator(model: Model, config: TrainConfig, dataset: Dataset, dtype: Any) -
 
     @jax.jit
     def loss_of(params: Params, tokens_BS: jax.Array) -> jax.Array:
-        return loss(params, model, next_tokens(tokens_BS), dtype=dtype)
+        return loss(params, model, next_tokens(tokens_BS), dtype=dtype, auxiliary=False)
 
     def mean_loss(params: Params, stream: str) -> float:
         losses = [

@@ -55,13 +55,29 @@ class Model:
         Raises:
           ValueError: T is longer than the context.
         """
+        return self.apply_and_route(params, tokens_BT, dropout_key=dropout_key, dtype=dtype)[0]
+
+    def apply_and_route(
+        self,
+        params: Params,
+        tokens_BT: jax.Array,
+        *,
+        dropout_key: jax.Array | None = None,
+        dtype: Any = jnp.float32,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Returns what `apply` does, and the router's logits of every layer, [B T, E] in float32, if it has routers."""
         B, T = tokens_BT.shape
         if self.config.context_length < T:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.context_length}")
         positions_BT = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
         module = self._module(dtype)
-        logits_BTV, _ = module.apply({"params": params}, tokens_BT, positions_BT, None, dropout_key)
-        return logits_BTV
+        result: Any = module.apply(
+            {"params": params}, tokens_BT, positions_BT, None, dropout_key, mutable="intermediates"
+        )
+        (logits_BTV, _), sown = result
+        blocks = sown.get("intermediates", {}).get("blocks", {})
+        routers = (blocks[str(layer)]["moe"]["router_logits"][0] for layer in range(len(blocks)))
+        return logits_BTV, tuple(routers)
 
     def extend(
         self,

@@ -81,7 +81,7 @@ class Block(nn.Module):
         y_BTD, cached = attention(y_BTD, positions_BT, turns, past, dropout_key)
         x_BTD = x_BTD + y_BTD
         y_BTD = RMSNorm(self.config, name="norm_2")(x_BTD)
-        return x_BTD + MoE(self.config, name="moe")(y_BTD, trains=past is None), cached
+        return x_BTD + MoE(self.config, name="moe")(y_BTD), cached
 
 
 class Attention(nn.Module):
@@ -118,17 +118,22 @@ class Attention(nn.Module):
 
 
 class MoE(nn.Module):
-    """A router, and of E experts the few that it chooses for each token."""
+    """A router, and of E experts the few that it chooses for each token.
+
+    What the router says is sown as the intermediate "router_logits", [B T, E]: training balances it.
+    """
 
     config: GptOssConfig
 
     @nn.compact
-    def __call__(self, x_BTD, *, trains: bool):
+    def __call__(self, x_BTD):
         config = self.config
         D, F, E = (config.axes[axis] for axis in "DFE")
         x_RD = x_BTD.reshape(-1, D)
         router = Kernel((D, E), (E,), config.initializer_range, name="router")()
-        weights_RC, chosen_RC = moe.route(x_RD, *router, config.num_experts_per_tok)
+        logits_RE = moe.router_logits(x_RD, *router)
+        self.sow("intermediates", "router_logits", logits_RE)
+        weights_RC, chosen_RC = moe.route(logits_RE, config.num_experts_per_tok)
         packed, std = config.quantization is not None, config.initializer_range
         experts = moe.Experts(
             *Kernel((E, D, F, 2), (E, F, 2), std, packed, name="gate_up")(),
@@ -141,7 +146,6 @@ class MoE(nn.Module):
             experts,
             alpha=config.swiglu_alpha,
             limit=config.swiglu_limit,
-            trains=trains,
         )
         return y_RD.reshape(x_BTD.shape).astype(x_BTD.dtype)
 
