@@ -7,10 +7,6 @@ import jax.numpy as jnp
 
 from core import moe
 from core.config import GptOssConfig
-from core import moe
-from core.config import GptOssConfig
-from core import moe
-from core.config import GptOssConfig
 from core.models import Model, Params
 
 
@@ -22,20 +18,6 @@ class Batch(NamedTuple):
 
     inputs_BT: jax.Array
     targets_BT: jax.Array
-
-
-class Terms(NamedTuple):
-    """What a loss is the sum of: `cross_entropy` and, in a mixture of experts, a multiple of `load_balance`."""
-
-    cross_entropy: jax.Array
-    load_balance: jax.Array | None
-
-
-class Terms(NamedTuple):
-    """What a loss is the sum of: `cross_entropy` and, in a mixture of experts, a multiple of `load_balance`."""
-
-    cross_entropy: jax.Array
-    load_balance: jax.Array | None
 
 
 class Terms(NamedTuple):
