@@ -106,7 +106,9 @@ def test_extending_a_cache_gives_the_logits_of_the_whole_at_every_position(model
     params, extend = tiny.params(flat), jax.jit(model.extend)
     prompt_BT = tokens_BT[:, :32].at[:, 23:].set(1)
     cache = KVCache.zeros(model.config, 1, 64)
-    logits_BTV, cache = extend(params, prompt_BT, jnp.arange(32)[None], cache)
+    logits_BTV, cache = extend(
+        params, prompt_BT, jnp.arange(32)[None], cache, lengths_B=jnp.array([23])
+    )
     np.testing.assert_allclose(logits_BTV[:, :23], found_BTV[:, :23], atol=ATOL)
     for t in range(23, T):
         logits_BTV, cache = extend(params, tokens_BT[:, t : t + 1], jnp.array([[t]]), cache)

@@ -92,9 +92,10 @@ def test_only_one_position_a_row_can_be_asked_for(model, params):
     positions_BT = jnp.broadcast_to(jnp.arange(7)[None], (3, 7))
     cache = KVCache.zeros(model.config, 3, 7)
     all_BTV, _ = jax.jit(model.extend)(params, tokens_BT, positions_BT, cache)
-    only_B = jnp.array([0, 6, 2])
-    one_B1V, _ = jax.jit(model.extend)(params, tokens_BT, positions_BT, cache, only_B=only_B)
-    np.testing.assert_allclose(one_B1V[:, 0], all_BTV[np.arange(3), only_B], atol=ATOL)
+    lengths_B = jnp.array([1, 7, 3])
+    ask = jax.jit(model.extend, static_argnames="only_last")
+    one_B1V, _ = ask(params, tokens_BT, positions_BT, cache, lengths_B=lengths_B, only_last=True)
+    np.testing.assert_allclose(one_B1V[:, 0], all_BTV[np.arange(3), lengths_B - 1], atol=ATOL)
 
 
 def test_a_later_token_changes_no_earlier_logit(model, params, apply):

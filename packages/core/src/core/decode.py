@@ -117,9 +117,12 @@ def _prefill(
 ) -> tuple[jax.Array, KVCache]:
     """Returns the logits_BV after each prompt, and a cache of the full length with the prompts in it.
 
-    Rows go through in chunks of a size that the bucket alone decides: scores take B N T T numbers.
+    Rows go through in chunks of a size that the bucket alone decides, and a long row in chunks of its tokens: what a
+    chunk takes beside the cache does not grow with the prompt.
     """
     B, T = inputs.prompt_BT.shape
+    if T > PREFILL_TOKENS:
+        return _prefill_long(statics, shape, params, inputs)
     rows = next(r for r in range(max(1, min(B, PREFILL_TOKENS // T)), 0, -1) if B % r == 0)
     config = statics.model.config
 
@@ -128,15 +131,69 @@ def _prefill(
         positions_BT = jnp.broadcast_to(jnp.arange(T)[None], prompt_BT.shape)
         empty = KVCache.zeros(config, rows, T, statics.dtype)
         logits_B1V, cache = statics.model.extend(
-            params, prompt_BT, positions_BT, empty, only_B=length_B - 1, dtype=statics.dtype
+            params,
+            prompt_BT,
+            positions_BT,
+            empty,
+            lengths_B=length_B,
+            only_last=True,
+            dtype=statics.dtype,
         )
         return logits_B1V[:, 0], cache
 
     chunks = inputs.prompt_BT.reshape(-1, rows, T), inputs.length_B.reshape(-1, rows)
     logits_CBV, caches = jax.lax.map(chunk, chunks)
-    room = ((0, 0), (0, 0), (0, shape.cache - T), (0, 0))
-    cache = jax.tree.map(lambda x: jnp.pad(x.reshape(B, *x.shape[2:]), room), caches)
-    return logits_CBV.reshape(B, -1), cache
+    caches = jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), caches)
+    return logits_CBV.reshape(B, -1), _with_slots(statics, shape, caches)
+
+
+def _prefill_long(
+    statics: Statics, shape: Shape, params: Params, inputs: Inputs
+) -> tuple[jax.Array, KVCache]:
+    """`_prefill` of prompts of more than one chunk: row by row, chunk after chunk, no further than the row's end."""
+    T = inputs.prompt_BT.shape[1]
+    config, size = statics.model.config, PREFILL_TOKENS
+    whole = -(-T // size) * size
+
+    def one_row(arguments: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, KVCache]:
+        prompt_1T, length_1 = arguments
+
+        def chunk(i: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
+            tokens_1t = jax.lax.dynamic_slice_in_dim(prompt_1T, i * size, size, axis=1)
+            logits_11V, cache = statics.model.extend(
+                params,
+                tokens_1t,
+                i * size + jnp.arange(size)[None],
+                carry[1],
+                lengths_B=jnp.minimum(length_1 - i * size, size),
+                only_last=True,
+                dtype=statics.dtype,
+            )
+            return logits_11V[:, 0], cache
+
+        empty = KVCache.zeros(config, 1, max(shape.cache, whole), statics.dtype)
+        carry = jnp.zeros((1, config.vocab_size)), empty
+        return jax.lax.fori_loop(0, (length_1[0] + size - 1) // size, chunk, carry)
+
+    prompts_B1T = jnp.pad(inputs.prompt_BT, ((0, 0), (0, whole - T)))[:, None]
+    rows = prompts_B1T, inputs.length_B[:, None]
+    logits_B1V, caches = jax.lax.map(one_row, rows)
+    caches = jax.tree.map(lambda x: x[:, 0], caches)
+    return logits_B1V[:, 0], _with_slots(statics, shape, caches)
+
+
+def _with_slots(statics: Statics, shape: Shape, cache: KVCache) -> KVCache:
+    """Returns the prompts' cache with the slots of the whole generation's, whose slots it fills from the first on."""
+
+    def fit(x: jax.Array, whole: jax.ShapeDtypeStruct) -> jax.Array:
+        S = whole.shape[2]
+        return jnp.pad(x[:, :, :S], ((0, 0), (0, 0), (0, max(0, S - x.shape[2])), (0, 0)))
+
+    B = len(cache.k_BKSH[0])
+    config, dtype = statics.model.config, statics.dtype
+    return jax.tree.map(
+        fit, cache, jax.eval_shape(lambda: KVCache.zeros(config, B, shape.cache, dtype))
+    )
 
 
 def _decode(

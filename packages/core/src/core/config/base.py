@@ -47,6 +47,11 @@ class Config(abc.ABC):
     def context_length(self) -> int:
         """The most tokens that the model can look back on."""
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How many keys a query of each layer sees, itself included; None is all before it."""
+        return (None,) * self.axes["L"]
+
     @abc.abstractmethod
     def tensors(self) -> dict[str, str]:
         """Every parameter's name (its path in the Flax tree, joined by dots) and axes, in the order of the files."""

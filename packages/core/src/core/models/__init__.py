@@ -86,27 +86,32 @@ class Model:
         positions_BT: jax.Array,
         cache: KVCache,
         *,
-        only_B: jax.Array | None = None,
+        lengths_B: jax.Array | None = None,
+        only_last: bool = False,
         dtype: Any = jnp.float32,
     ) -> tuple[jax.Array, KVCache]:
         """Returns logits_BTV of `tokens_BT` placed at `positions_BT`, and the cache with them in it.
 
-        A row's positions run on by one. What the cache holds beyond them is never seen, so that a prompt may be padded
-        on the right and its padding overwritten later.
+        A row's positions run on by one from where it stands, which is 0 or the position after its last token: a ring is
+        read as if all before were in it. All are below the length that the cache was made for.
 
         Args:
           params: the parameters.
           tokens_BT: the next ids of each row.
           positions_BT: where they go.
           cache: what came before.
-          only_B: the index along T of the one position a row whose logits are wanted; the result has T = 1. A prompt's
-            logits are V numbers a token, and only the last token's matter.
+          lengths_B: how many of the T are the row's tokens, 0 to T; what follows is padding: its logits mean nothing,
+            and the next tokens take its positions. None is T.
+          only_last: gives the logits after each row's last token only; the result has T = 1. A prompt's logits are V
+            numbers a token.
           dtype: of the activations and of the products.
         """
         module = self._module(dtype)
         return cast(
             tuple[jax.Array, KVCache],
-            module.apply({"params": params}, tokens_BT, positions_BT, cache, None, only_B),
+            module.apply(
+                {"params": params}, tokens_BT, positions_BT, cache, None, lengths_B, only_last
+            ),
         )
 
     def _module(self, dtype: Any) -> nn.Module:

@@ -15,7 +15,7 @@ from core.attention import attend
 from core.config import GPT2Config
 from core.kv_cache import KVCache
 from core.layers import ACTIVATIONS, dropout, layer_norm, unembed
-from core.models.modules import Linear, Table, rows
+from core.models.modules import Linear, Table, last, rows
 
 
 class GPT2(nn.Module):
@@ -31,7 +31,8 @@ class GPT2(nn.Module):
         positions_BT: jax.Array,
         cache: KVCache | None = None,
         dropout_key: jax.Array | None = None,
-        only_B: jax.Array | None = None,
+        lengths_B: jax.Array | None = None,
+        only_last: bool = False,
     ) -> tuple[jax.Array, KVCache | None]:
         config = self.config
         normal = nn.initializers.normal(config.initializer_range)
@@ -42,9 +43,11 @@ class GPT2(nn.Module):
         x_BTD = rows(wte_VD, tokens_BT).astype(self.dtype)
         x_BTD = x_BTD + rows(wpe_PD, positions_BT).astype(self.dtype)
         x_BTD = dropout(x_BTD, config.embd_pdrop, embed_key)
-        x_BTD, cache = Blocks(config, name="blocks")(x_BTD, positions_BT, cache, blocks_key)
-        if only_B is not None:
-            x_BTD = jnp.take_along_axis(x_BTD, only_B[:, None, None], axis=1)
+        x_BTD, cache = Blocks(config, name="blocks")(
+            x_BTD, positions_BT, cache, lengths_B, blocks_key
+        )
+        if only_last:
+            x_BTD = last(x_BTD, lengths_B)
         x_BTD = LayerNorm(config, name="ln_f")(x_BTD)
         head_VD = (
             wte_VD
@@ -60,13 +63,13 @@ class Blocks(nn.Module):
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, cache, dropout_key):
+    def __call__(self, x_BTD, positions_BT, cache, lengths_B, dropout_key):
         keys = _split(dropout_key, self.config.n_layer)
         ks, vs = [], []
         for layer, key in enumerate(keys):
             past = None if cache is None else (cache.k_BKSH[layer], cache.v_BKSH[layer])
             x_BTD, (k, v) = Block(self.config, layer, name=str(layer))(
-                x_BTD, positions_BT, past, key
+                x_BTD, positions_BT, past, lengths_B, key
             )
             ks.append(k)
             vs.append(v)
@@ -78,11 +81,11 @@ class Block(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, past, dropout_key):
+    def __call__(self, x_BTD, positions_BT, past, lengths_B, dropout_key):
         config = self.config
         attn_key, resid_key, mlp_key = _split(dropout_key, 3)
         y_BTD, past = Attention(config, self.layer, name="attn")(
-            LayerNorm(config, name="ln_1")(x_BTD), positions_BT, past, attn_key
+            LayerNorm(config, name="ln_1")(x_BTD), positions_BT, past, lengths_B, attn_key
         )
         x_BTD = x_BTD + dropout(y_BTD, config.resid_pdrop, resid_key)
         y_BTD = MLP(config, name="mlp")(LayerNorm(config, name="ln_2")(x_BTD))
@@ -96,31 +99,26 @@ class Attention(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, past, dropout_key):
+    def __call__(self, x_BTD, positions_BT, past, lengths_B, dropout_key):
         config = self.config
         D, N, H = config.n_embd, config.n_head, config.head_dim
         qkv_BT3NH = _linear(config, "qkv", (D,), (3, N, H))(x_BTD)
         q_BTNH, k_BTNH, v_BTNH = (qkv_BT3NH[:, :, i] for i in range(3))
-        if past is None:
-            k_BNSH, v_BNSH = jnp.swapaxes(k_BTNH, 1, 2), jnp.swapaxes(v_BTNH, 1, 2)
-        else:
-            k_BNSH = kv_cache.write(past[0], k_BTNH, positions_BT)
-            v_BNSH = kv_cache.write(past[1], v_BTNH, positions_BT)
+        seen, past = kv_cache.extend(past, k_BTNH, v_BTNH, positions_BT, lengths_B=lengths_B)
 
         scale = H**-0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             scale /= self.layer + 1
         out_BTNH = attend(
             q_BTNH,
-            k_BNSH,
-            v_BNSH,
+            *seen,
             positions_BT=positions_BT,
             scale=scale,
             dropout_rate=config.attn_pdrop,
             dropout_key=dropout_key,
         )
         y_BTD = _linear(config, "out", (N, H), (D,), residual=True)(out_BTNH)
-        return y_BTD, (k_BNSH, v_BNSH)
+        return y_BTD, past
 
 
 class MLP(nn.Module):

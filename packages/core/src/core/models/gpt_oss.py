@@ -17,7 +17,7 @@ from core.attention import attend
 from core.config import GptOssConfig
 from core.kv_cache import KVCache
 from core.layers import rms_norm, unembed
-from core.models.modules import Linear, Table, rows
+from core.models.modules import Linear, Table, last, rows
 from core.quant import MXFP4
 
 
@@ -34,16 +34,19 @@ class GptOss(nn.Module):
         positions_BT: jax.Array,
         cache: KVCache | None = None,
         dropout_key: jax.Array | None = None,
-        only_B: jax.Array | None = None,
+        lengths_B: jax.Array | None = None,
+        only_last: bool = False,
     ) -> tuple[jax.Array, KVCache | None]:
         config = self.config
         normal = nn.initializers.normal(config.initializer_range)
         size = (config.vocab_size, config.hidden_size)
         wte_VD = Table("embedding", size, normal, name="wte")()
         x_BTD = rows(wte_VD, tokens_BT).astype(self.dtype)
-        x_BTD, cache = Blocks(config, name="blocks")(x_BTD, positions_BT, cache, dropout_key)
-        if only_B is not None:
-            x_BTD = jnp.take_along_axis(x_BTD, only_B[:, None, None], axis=1)
+        x_BTD, cache = Blocks(config, name="blocks")(
+            x_BTD, positions_BT, cache, lengths_B, dropout_key
+        )
+        if only_last:
+            x_BTD = last(x_BTD, lengths_B)
         x_BTD = RMSNorm(config, name="norm_f")(x_BTD)
         tied = config.tie_word_embeddings
         head_VD = wte_VD if tied else Table("kernel", size, normal, name="lm_head")()
@@ -56,7 +59,7 @@ class Blocks(nn.Module):
     config: GptOssConfig
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, cache, dropout_key):
+    def __call__(self, x_BTD, positions_BT, cache, lengths_B, dropout_key):
         turns = rotary.tables(self.config, positions_BT)
         L = self.config.num_hidden_layers
         keys = [None] * L if dropout_key is None else jax.random.split(dropout_key, L)
@@ -64,7 +67,7 @@ class Blocks(nn.Module):
         for layer, (window, key) in enumerate(zip(self.config.windows, keys, strict=True)):
             past = None if cache is None else (cache.k_BKSH[layer], cache.v_BKSH[layer])
             block = Block(self.config, window, name=str(layer))
-            x_BTD, (k, v) = block(x_BTD, positions_BT, turns, past, key)
+            x_BTD, (k, v) = block(x_BTD, positions_BT, turns, past, lengths_B, key)
             ks.append(k)
             vs.append(v)
         return x_BTD, None if cache is None else KVCache(tuple(ks), tuple(vs))
@@ -75,10 +78,10 @@ class Block(nn.Module):
     window: int | None
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, turns, past, dropout_key):
+    def __call__(self, x_BTD, positions_BT, turns, past, lengths_B, dropout_key):
         attention = Attention(self.config, self.window, name="attn")
         y_BTD = RMSNorm(self.config, name="norm_1")(x_BTD)
-        y_BTD, cached = attention(y_BTD, positions_BT, turns, past, dropout_key)
+        y_BTD, cached = attention(y_BTD, positions_BT, turns, past, lengths_B, dropout_key)
         x_BTD = x_BTD + y_BTD
         y_BTD = RMSNorm(self.config, name="norm_2")(x_BTD)
         return x_BTD + MoE(self.config, name="moe")(y_BTD), cached
@@ -91,22 +94,19 @@ class Attention(nn.Module):
     window: int | None
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, turns, past, dropout_key):
+    def __call__(self, x_BTD, positions_BT, turns, past, lengths_B, dropout_key):
         config = self.config
         D, N, K, H = (config.axes[axis] for axis in "DNKH")
         std = config.initializer_range
         q_BTNH = rotary.rotate(Linear((D,), (N, H), std, name="q")(x_BTD), *turns)
         k_BTKH = rotary.rotate(Linear((D,), (K, H), std, name="k")(x_BTD), *turns)
         v_BTKH = Linear((D,), (K, H), std, name="v")(x_BTD)
-        if past is None:
-            k_BKSH, v_BKSH = jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(v_BTKH, 1, 2)
-        else:
-            k_BKSH = kv_cache.write(past[0], k_BTKH, positions_BT)
-            v_BKSH = kv_cache.write(past[1], v_BTKH, positions_BT)
+        seen, cached = kv_cache.extend(
+            past, k_BTKH, v_BTKH, positions_BT, window=self.window, lengths_B=lengths_B
+        )
         out_BTNH = attend(
             q_BTNH,
-            k_BKSH,
-            v_BKSH,
+            *seen,
             positions_BT=positions_BT,
             scale=H**-0.5,
             window=self.window,
@@ -114,7 +114,7 @@ class Attention(nn.Module):
             dropout_rate=config.attention_dropout,
             dropout_key=dropout_key,
         )
-        return Linear((N, H), (D,), std, name="out")(out_BTNH), (k_BKSH, v_BKSH)
+        return Linear((N, H), (D,), std, name="out")(out_BTNH), cached
 
 
 class MoE(nn.Module):

@@ -43,3 +43,11 @@ def rows(table: jax.Array, ids_BT: jax.Array) -> jax.Array:
     """Returns the rows of `table`; NaN for an id that it has not, because a wrong row would pass for a right one."""
     ids_BT = jnp.where(ids_BT < 0, table.shape[0], ids_BT)  # negative ids would count from the end
     return table.at[ids_BT].get(mode="fill", fill_value=jnp.nan)
+
+
+def last(x_BTD: jax.Array, lengths_B: jax.Array | None) -> jax.Array:
+    """Returns x_B1D: of each row its last token, if the rest of the row is padding; the first of a row of none."""
+    if lengths_B is None:
+        return x_BTD[:, -1:]
+    index_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
+    return jnp.take_along_axis(x_BTD, index_B11, axis=1)
