@@ -40,6 +40,7 @@ from core.tokenizer import Tokenizer
 
 SHARD_BYTES = 4 * 10**9
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 
@@ -52,6 +53,28 @@ class ModelFolder:
     config: Config
     manifest: Mapping[str, Any]
     tensors: Mapping[str, np.ndarray]
+
+    def config_with_stop_ids(self) -> Config:
+        """Returns the configuration with every id that ends a text.
+
+        That is config.json's eos, and generation_config.json's: a chat model ends a turn, or calls a tool, with tokens
+        that only the latter names.
+
+        Raises:
+          CheckpointError: generation_config.json cannot be read, or has an eos_token_id that is no token's.
+        """
+        path = self.path / GENERATION_CONFIG
+        stated = _read_json(path).get("eos_token_id") if path.exists() else None
+        ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+        for id_ in ids:
+            if type(id_) is not int or not 0 <= id_ < self.config.vocab_size:
+                raise CheckpointError(
+                    f"{path}: eos_token_id {id_!r} is no id of the vocabulary of {self.config.vocab_size}; "
+                    "correct the file or remove it"
+                )
+        known = self.config.eos_token_ids
+        more = tuple(id_ for id_ in dict.fromkeys(ids) if id_ not in known)
+        return dataclasses.replace(self.config, eos_token_id=known + more) if more else self.config
 
     def params(self, dtype: Any = None) -> dict[str, Any]:
         """Returns the nested parameter dict as JAX arrays, cast to `dtype` if given and they are not quantised.

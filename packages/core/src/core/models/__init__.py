@@ -129,14 +129,16 @@ def _init(module: nn.Module, key: jax.Array, tokens_BT: jax.Array) -> Any:
 def load(path: str | Path, dtype: Any = None) -> tuple[Model, Params, Tokenizer | None]:
     """Opens a model folder: the model, its parameters (cast to `dtype` if given) and its tokenizer if it has one.
 
-    Without a cast the parameters are the mapped file itself: opening takes milliseconds and no memory.
+    Without a cast the parameters are the mapped file itself: opening takes milliseconds and no memory. The model's
+    configuration has the ids that end a text from generation_config.json too.
 
     Raises:
       CheckpointError: `path` is no whole model folder.
       TokenizerError: its tokenizer cannot be read.
     """
     folder = checkpoint.open(path)
-    return build(folder.config), folder.params(dtype), Tokenizer.find(folder.path)
+    model = build(folder.config_with_stop_ids())
+    return model, folder.params(dtype), Tokenizer.find(folder.path)
 
 
 def build(config: Config) -> Model:
