@@ -3,24 +3,32 @@
     python -m core.generate --model=models/gpt2 --prompt="The flax mill" --max_new_tokens=60
 
 With --json, one object a line: "prompt_tokens", "tokens", "text", "finish_reason", and "logprobs" if asked for.
+
+With --chat, a prompt is what a user says to a chat model, and its answer is printed. Of a model that thinks in channels
+(gpt-oss) that is the final one; the others go to stderr. --json then has "messages" (the conversation), "channels" and
+"tool_calls" too, and "text" is the final channel's.
 """
 
 import contextlib
+import dataclasses
+import datetime
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from core import door, sampling_flags
-from core.errors import FlaxmillError
+from core.errors import FlaxmillError, RequestError
 
 if TYPE_CHECKING:
+    from core import harmony
     from core.engine import Completion, Engine, TokenScore
     from core.sampling import Sampling
+    from core.tokenizer import Tokenizer
 
 flags.adopt_module_key_flags(sampling_flags)
 _MODEL = flags.DEFINE_string("model", None, "The model folder.")
@@ -33,6 +41,13 @@ _PROMPT_TOKENS = flags.DEFINE_multi_string(
     "prompt_tokens",
     [],
     "Token ids to continue, as 1,2,3 or FILE:path.json (a JSON list); repeatable.",
+)
+_CHAT = flags.DEFINE_bool(
+    "chat", False, "Each --prompt is a user's message; a conversation of its own."
+)
+_SYSTEM = flags.DEFINE_string("system", None, "With --chat: what the model is told beforehand.")
+_REASONING_EFFORT = flags.DEFINE_string(
+    "reasoning_effort", None, "With --chat: low, medium or high, for templates that know it."
 )
 _NUM_SAMPLES = flags.DEFINE_integer(
     "num_samples", 1, "Continuations of each prompt.", lower_bound=1
@@ -52,6 +67,10 @@ def main() -> None:
         raise door.Usage("give --model=DIR and at least one --prompt=TEXT or --prompt_tokens=IDS")
     if not _JSON.value and (_LOGPROBS.value is not None or _ECHO.value):
         raise door.Usage("--logprobs and --echo need --json")
+    if not _CHAT.value and (_SYSTEM.value is not None or _REASONING_EFFORT.value is not None):
+        raise door.Usage("--system and --reasoning_effort need --chat")
+    if _CHAT.value and _PROMPT_TOKENS.value:
+        raise door.Usage("--chat takes --prompt=TEXT; --prompt_tokens are continued as they are")
     prompts = [*map(_text, _PROMPT.value), *map(_tokens, _PROMPT_TOKENS.value)]
 
     import core
@@ -59,19 +78,45 @@ def main() -> None:
 
     sampling = sampling_flags.sampling(logprobs=_LOGPROBS.value)
     engine = Engine(*core.load(_MODEL.value), slots=1)
-    for prompt in prompts:
-        engine.check(Request(prompt, sampling))  # before anything is printed
+    jobs = [_Job(prompt) for prompt in prompts]
+    if _CHAT.value:
+        jobs = _conversations(engine.tokenizer, map(str, prompts))
+    for job in jobs:
+        engine.check(Request(job.prompt, sampling))  # before anything is printed
     if engine.tokenizer is None and not _JSON.value:
         raise door.Usage(f"{_MODEL.value} has no tokenizer to print text with; pass --json")
-    write = _write_json if _JSON.value else _write_text
-    for number, prompt in enumerate(prompts):
+    write = _write_json if _JSON.value else _write_answer if _CHAT.value else _write_text
+    for number, job in enumerate(jobs):
         for sample in range(_NUM_SAMPLES.value):
-            write(engine, prompt, sampling, f"{number}.{sample}")
+            write(engine, job, sampling, f"{number}.{sample}")
 
 
-def _write_text(engine: "Engine", prompt: Any, sampling: "Sampling", id_: str) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What to continue, and with --chat the conversation that it is."""
+
+    prompt: Any
+    messages: list[dict[str, str]] | None = None
+
+
+def _conversations(tokenizer: "Tokenizer | None", texts: Iterable[str]) -> list[_Job]:
+    """Returns a conversation a text, as the chat template has it."""
+    from core.chat import Chat
+
+    if tokenizer is None:
+        raise RequestError("tokenizer_missing", f"{_MODEL.value} has no tokenizer to chat with")
+    chat, now = Chat.open(str(_MODEL.value), tokenizer), datetime.datetime.now()
+    system = [] if _SYSTEM.value is None else [{"role": "system", "content": _SYSTEM.value}]
+    effort = _REASONING_EFFORT.value
+    variables = {} if effort is None else {"reasoning_effort": effort}
+    talks = [[*system, {"role": "user", "content": text}] for text in texts]
+    return [_Job(chat.encode(talk, now=now, variables=variables), talk) for talk in talks]
+
+
+def _write_text(engine: "Engine", job: _Job, sampling: "Sampling", id_: str) -> None:
     """Prints prompt and continuation, each piece of text as soon as it is certain."""
     assert engine.tokenizer is not None
+    prompt = job.prompt
     sys.stdout.write(prompt if isinstance(prompt, str) else engine.tokenizer.decode(prompt))
     sys.stdout.flush()
     for event in engine.stream(prompt, sampling, id=id_):
@@ -80,14 +125,77 @@ def _write_text(engine: "Engine", prompt: Any, sampling: "Sampling", id_: str) -
     sys.stdout.write("\n")
 
 
-def _write_json(engine: "Engine", prompt: Any, sampling: "Sampling", id_: str) -> None:
-    from core.engine import Request, RequestError
+def _write_answer(engine: "Engine", job: _Job, sampling: "Sampling", id_: str) -> None:
+    """Prints the answer alone, as it is produced; what is not for the reader goes to stderr."""
+    from core import harmony
 
-    (completion,) = engine.complete([Request(prompt, sampling, id_)])
+    assert engine.tokenizer is not None
+    if not harmony.is_spoken_by(engine.tokenizer):
+        for event in engine.stream(job.prompt, sampling, id=id_):
+            sys.stdout.write(event.text)
+            sys.stdout.flush()
+    elif sampling.stop:  # a stop string is known only when all of it is there
+        for message in harmony.parse(
+            engine.tokenizer, _complete(engine, job, sampling, id_).tokens, sampling.stop
+        ):
+            _write_piece(message, message.content, is_first=True)
+    else:
+        _stream_harmony(engine, job, sampling, id_)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def _stream_harmony(engine: "Engine", job: _Job, sampling: "Sampling", id_: str) -> None:
+    from core import harmony
+
+    assert engine.tokenizer is not None
+    parser = harmony.Parser(engine.tokenizer)
+    written = 0
+    for event in engine.stream(job.prompt, sampling, id=id_):
+        last = event.finish_reason is not None
+        pieces = [] if event.token is None else [parser.push(event.token)]
+        for piece in [*pieces, *([parser.finish()] if last else [])]:
+            if piece is not None:
+                _write_piece(*piece, is_first=len(parser.messages) > written)
+                written = len(parser.messages)
+
+
+def _write_piece(message: "harmony.Message", text: str, *, is_first: bool) -> None:
+    """Writes text of a message: an answer's to stdout; another's to stderr, headed by its channel."""
+    is_answer = message.recipient is None and message.channel in (None, "final")
+    if is_first and not is_answer:
+        to = f" to={message.recipient}" if message.recipient else ""
+        sys.stderr.write(f"\n[{message.channel or 'no channel'}{to}] ")
+    stream = sys.stdout if is_answer else sys.stderr
+    stream.write(text)
+    stream.flush()
+
+
+def _write_json(engine: "Engine", job: _Job, sampling: "Sampling", id_: str) -> None:
+    completion = _complete(engine, job, sampling, id_)
+    record = _record(engine, completion)
+    if job.messages is not None:
+        record = {"messages": job.messages} | record | _channels(engine, completion, sampling)
+    sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def _complete(engine: "Engine", job: _Job, sampling: "Sampling", id_: str) -> "Completion":
+    from core.engine import Request
+
+    (completion,) = engine.complete([Request(job.prompt, sampling, id_)])
     if isinstance(completion, RequestError):
         raise completion
-    sys.stdout.write(json.dumps(_record(engine, completion), ensure_ascii=False) + "\n")
-    sys.stdout.flush()
+    return completion
+
+
+def _channels(engine: "Engine", completion: "Completion", sampling: "Sampling") -> dict[str, Any]:
+    from core import harmony
+
+    assert engine.tokenizer is not None
+    if not harmony.is_spoken_by(engine.tokenizer):
+        return {"channels": None, "tool_calls": None}
+    return harmony.answer(engine.tokenizer, completion.tokens, sampling.stop)
 
 
 def _record(engine: "Engine", completion: "Completion") -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Tokenizer:
         folder = Path(folder)
         whole, vocab, merges = (folder / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
         named = _read_object(folder / "special_tokens_map.json")
-        settings = named | _read_object(folder / "tokenizer_config.json")
+        settings = read_settings(folder)
         eos = _content(settings.get("eos_token", END_OF_TEXT), folder)
         if whole.exists():
             try:
@@ -158,6 +158,16 @@ class Tokenizer:
         return tuple(sorted(set(range(self.vocab_size)) - known))
 
     @property
+    def eos(self) -> str | None:
+        """The token that ends a text, if there is one."""
+        return self._eos
+
+    @functools.cached_property
+    def added_tokens(self) -> dict[str, bool]:
+        """The tokens that stand for themselves in a text, and whether each is special."""
+        return {t.content: t.special for t in self._backend.get_added_tokens_decoder().values()}
+
+    @property
     def eos_id(self) -> int | None:
         """The id that ends a text, if there is one."""
         return None if self._eos is None else self._backend.token_to_id(self._eos)
@@ -168,12 +178,32 @@ class Tokenizer:
         Raises:
           TokenizerError: `text` has a character that the vocabulary lacks, or a lone surrogate.
         """
+        return self._encode(self._backend, text)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Returns the ids of `text` as if no token had been added: "<|endoftext|>" is thirteen characters.
+
+        Raises:
+          TokenizerError: as `encode`; and where the vocabulary itself makes an added token of the characters.
+        """
+        ids = self._encode(self._without_added_tokens, text)
+        if not self._backend.get_added_tokens_decoder().keys().isdisjoint(ids):
+            raise TokenizerError(f"{text!r:.60} cannot be encoded as plain text")
+        return ids
+
+    @functools.cached_property
+    def _without_added_tokens(self) -> tokenizers.Tokenizer:
+        spec = json.loads(self._backend.to_str())
+        spec |= {"added_tokens": [], "post_processor": None}
+        return tokenizers.Tokenizer.from_str(json.dumps(spec))
+
+    def _encode(self, backend: tokenizers.Tokenizer, text: str) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text is not valid Unicode: {error}") from error
         try:
-            return self._backend.encode(text, add_special_tokens=False).ids
+            return backend.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library raises bare Exception
             missing = sorted({c for c in text if self._backend.token_to_id(c) is None})
             if not missing:
@@ -318,6 +348,16 @@ def _content(token: Any, path: Path) -> str | None:
     if content is not None and not isinstance(content, str):
         raise TokenizerError(f"{path}: expected a special token as a string, found {content!r}")
     return content
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Returns what a model folder says about its tokenizer: tokenizer_config.json, else special_tokens_map.json.
+
+    Raises:
+      TokenizerError: one of them is no JSON object.
+    """
+    files = ("special_tokens_map.json", "tokenizer_config.json")
+    return _read_object(folder / files[0]) | _read_object(folder / files[1])
 
 
 def _read_object(path: Path) -> dict[str, Any]:
