@@ -1,5 +1,6 @@
 """Names and layouts: what fits is found, and everything that does not is reported at once."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 
 import hf_checkpoints as hf
 from convert import ConvertError, importer, mapping, tables
-from convert.sources import open_source
+from convert.sources import SourceTensor, open_source
+from convert.tables import gpt2
 from core import axes
 from core.config import GPT2Config
 from core.config.gpt2 import PRESETS as GPT2S
@@ -151,3 +153,27 @@ def test_planning_reads_no_weights(tmp_path: Path):
     (folder / "model.safetensors").unlink()
     config = tables.read_config(folder, source.config)
     assert mapping.match(tables.table(source, config), config, source.tensors).moves
+
+
+@pytest.mark.parametrize("shape", [(), (0, 2**61), (2**61, 0)])
+def test_a_head_and_an_embedding_of_no_possible_shape_are_two_mismatches(shape: tuple[int, ...]):
+    def read() -> np.ndarray:
+        return np.ndarray(shape, np.float32, bytes(4))
+
+    names = ("lm_head.weight", "transformer.wte.weight")
+    tensors = {name: SourceTensor(name, "float32", shape, read) for name in names}
+    with pytest.raises(ConvertError) as told:
+        mapping.match(gpt2.HF, GPT2Config(n_layer=1), tensors)
+    assert sum("expected [50257, 768]" in problem for problem in told.value.problems) == 2
+
+
+def test_a_checkpoint_of_another_model_is_told_without_comparing_all_names():
+    tensors = {
+        name: SourceTensor(name, "float32", (1,), lambda: np.zeros(1, np.float32))
+        for i in range(2000)
+        for name in [f"model.layers.{i}.self_attn.q_proj.weight"]
+    }
+    start = time.perf_counter()
+    with pytest.raises(ConvertError, match=r"and 257\d more"):
+        mapping.match(gpt2.HF, GPT2S["gpt2-xl"], tensors)
+    assert time.perf_counter() - start < 10

@@ -1,5 +1,6 @@
 """Our own folder as a source: cast, unpacked and compared from there, with the memory of where it came from."""
 
+import json
 from pathlib import Path
 
 import ml_dtypes
@@ -51,6 +52,13 @@ def test_experts_are_unpacked_from_a_model_folder(tmp_path: Path):
 def test_a_file_of_it_stands_for_the_folder(model: Path):
     source = open_source(model / "model-00001-of-00001.safetensors")
     assert (source.format, source.path) == ("model_folder", model)
+
+
+def test_a_checkpoint_put_into_a_model_folder_is_read_itself(model: Path):
+    golden = Path(__file__).parents[1] / "golden" / "pytorch" / "zip.bin"
+    (model / "pytorch_model.bin").write_bytes(golden.read_bytes())
+    (model / "config.json").write_text(json.dumps({**hf.CONFIG, "family": "gpt2"}))
+    assert open_source(model / "pytorch_model.bin").format == "torch"
 
 
 def test_a_difference_is_found(tmp_path: Path, model: Path):

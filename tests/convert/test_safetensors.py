@@ -1,6 +1,9 @@
 """The container: what is read is what was written, and what is damaged is told."""
 
 import json
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import hf_checkpoints as hf
-from convert import ConvertError
+from convert import ConvertError, importer
 from convert.sources import open_source, safetensors
 
 
@@ -173,3 +176,83 @@ def test_a_config_must_be_there_and_be_json(tmp_path: Path):
     (folder / "config.json").unlink()
     with pytest.raises(ConvertError, match=r"no config\.json"):
         open_source(folder / "model.safetensors")
+
+
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    """Fails a test that takes longer than any honest reading of a few kilobytes."""
+
+    def fail(number: int, frame: object) -> None:
+        raise TimeoutError("more than 10 seconds")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("shape", [[9**4000] * 300, [10**4000] * 20, [2**63], [1] * 65])
+def test_a_shape_that_no_array_has_is_refused_at_once(tmp_path: Path, impatient, shape: list[int]):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(raw({"a": entry("F32", shape, 0, 4)}, bytes(4)))
+    with pytest.raises(ConvertError, match=r"the header entry of 'a' is .* expected dtype, shape"):
+        safetensors.read_file(path)
+
+
+def test_a_name_or_an_entry_of_any_length_is_told_in_a_line_to_read(tmp_path: Path):
+    folder = hf.write(tmp_path / "x", {"h" * 100_000: np.zeros(1, np.float32)})
+    with pytest.raises(ConvertError) as told:
+        importer.plan_source(folder)
+    assert "hhh" in str(told.value)
+    assert len(str(told.value)) < 5000
+
+
+def test_nothing_in_a_name_reaches_the_terminal_but_text(tmp_path: Path):
+    folder = hf.write(tmp_path / "x", {"red\x1b[31m\u202e\n": np.zeros(1, np.float32)})
+    with pytest.raises(ConvertError, match=r"red\\x1b\[31m\\u202e is not of this model"):
+        importer.plan_source(folder)
+
+
+IMPOSTORS = {
+    "a git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12\n",
+    "a web page": b"\n<!DOCTYPE html><html><title>404</title></html>",
+    "a web page ": b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
+}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
+@pytest.mark.parametrize("what", IMPOSTORS)
+def test_what_was_downloaded_instead_of_a_file_is_named(tmp_path: Path, name: str, what: str):
+    folder = hf.write(tmp_path / "x", hf.tensors())
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(IMPOSTORS[what])
+    with pytest.raises(
+        ConvertError, match=f"{name}: {what.strip()}, not the file itself; .* again"
+    ):
+        open_source(folder)
+
+
+@pytest.mark.parametrize("format", ["auto", "nanogpt", "llmc", "npz"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, impatient, format: str):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConvertError, match="pipe: neither a file nor a folder"):
+        open_source(tmp_path / "pipe", format=format)
+
+
+@pytest.mark.parametrize("name", ["config.json", "ckpt.pt", "manifest.json"])
+def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path: Path, impatient, name: str):
+    folder = hf.write(tmp_path / "x", hf.tensors())
+    (folder / "model.safetensors").unlink()
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ConvertError, match="no weights that are understood"):
+        open_source(folder)
+
+
+def test_a_folder_without_safetensors_is_told_when_they_are_asked_for(tmp_path: Path):
+    folder = hf.write(tmp_path / "x", {})
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConvertError, match=r"no safetensors; expected model\.safetensors"):
+        open_source(folder, format="safetensors")

@@ -6,7 +6,6 @@ exactly once, and every mismatch is reported together before a byte is written.
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -123,7 +122,8 @@ def match(table: Table, config: Any, tensors: Mapping[str, SourceTensor]) -> Mat
         if name in wanted:
             problems += _misfits(tensor, wanted[name], config)
         elif name not in drops:
-            problems.append(f"{tensor.name} is not of this model{_nearest(name, missing)}")
+            near = _nearest(name, missing) if len(problems) < ConvertError.SHOWN else ""
+            problems.append(f"{tensor.name} is not of this model{near}")
     problems += [
         f"{move.target} is missing, looked for {name}" for name in missing for move in wanted[name]
     ]
@@ -212,16 +212,16 @@ def _settle_head(
 
 
 def _same_bytes(a: SourceTensor, b: SourceTensor, chunk: int = 1 << 24) -> bool:
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
+    if (a.dtype, a.shape) != (b.dtype, b.shape) or 0 in a.shape or not a.shape:
         return False
     a_array, b_array = a.read(), b.read()
-    rows = max(1, chunk // max(1, a_array[:1].nbytes)) if a.shape else 1
+    rows = max(1, chunk // a_array[:1].nbytes)
 
     def same(part: slice) -> bool:
         a_bytes, b_bytes = (x[part].reshape(-1).view(np.uint8) for x in (a_array, b_array))
         return np.array_equal(a_bytes, b_bytes)
 
-    return all(same(slice(i, i + rows)) for i in range(0, math.prod(a.shape[:1]), rows))
+    return all(same(slice(i, i + rows)) for i in range(0, len(a_array), rows))
 
 
 def _misfits(tensor: SourceTensor, held: list[Move], config: Config) -> Iterator[str]:

@@ -19,6 +19,11 @@ CONFIG = "config.json"
 COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
 """What is copied beside the weights, where it is there."""
 
+GENUINE_BYTES = 64
+"""As much of a file as `check_genuine` looks at."""
+
+_JSON_LIMIT = 1 << 27  # bytes; an index of a thousand shards has a hundredth of that
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceTensor:
@@ -94,6 +99,8 @@ def open_source(path: str | Path, *, format: str = "auto") -> Source:
     try:
         if not path.exists():
             raise ConvertError(f"{path}: no such file or folder")
+        if not (path.is_file() or path.is_dir()):
+            raise ConvertError(f"{path}: neither a file nor a folder; expected a checkpoint")
         formats = READERS if format == "auto" else [format]
         for reader in map(_reader, formats):
             if format != "auto" or reader.recognizes(path):
@@ -106,13 +113,28 @@ def open_source(path: str | Path, *, format: str = "auto") -> Source:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object in `path`."""
+    if path.exists() and not path.is_file():
+        raise ConvertError(f"{path}: not a file; expected JSON")
     try:
-        value = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            text = file.read(_JSON_LIMIT)
+        check_genuine(path, text[:GENUINE_BYTES])
+        value = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise ConvertError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConvertError(f"{path}: holds a JSON {type(value).__name__}; expected an object")
     return value
+
+
+def check_genuine(path: Path, start: bytes) -> None:
+    """Raises ConvertError if the file at `path`, beginning with `start`, is what downloads leave in its place."""
+    if start.startswith(b"version https://git-lfs"):
+        raise ConvertError(
+            f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` there, or download it again"
+        )
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ConvertError(f"{path}: a web page, not the file itself; download it again")
 
 
 def companions(folder: Path) -> dict[str, Path | bytes]:
@@ -126,6 +148,8 @@ def _reader(format: str) -> Reader:
 
 def _seen(path: Path) -> str:
     if path.is_file():
+        with path.open("rb") as file:
+            check_genuine(path, file.read(GENUINE_BYTES))
         return f"a file of {path.stat().st_size:,} bytes that begins as none of the formats does"
     names = sorted(entry.name for entry in path.iterdir())
     if not names:

@@ -10,10 +10,17 @@ from core import checkpoint
 
 EXPECTED = f"a model folder with {checkpoint.MANIFEST}"
 
+_ITS_OWN = (".json", ".safetensors")  # another file that lies there is a checkpoint of its own
+
 
 def recognizes(path: Path) -> bool:
-    """Tells whether a model folder lies at `path`, or around the file there."""
-    return checkpoint.is_model_folder(path if path.is_dir() else path.parent)
+    """Tells whether a model folder lies at `path`, or around the file of it there."""
+    folder = path if path.is_dir() else path.parent
+    return (
+        (path.is_dir() or path.suffix in _ITS_OWN)
+        and all((folder / name).is_file() for name in (CONFIG, checkpoint.MANIFEST))
+        and checkpoint.is_model_folder(folder)
+    )
 
 
 def open(path: Path) -> Source:

@@ -17,7 +17,15 @@ import ml_dtypes
 import numpy as np
 
 from convert.errors import ConvertError
-from convert.sources import CONFIG, Source, SourceTensor, companions, read_json
+from convert.sources import (
+    CONFIG,
+    GENUINE_BYTES,
+    Source,
+    SourceTensor,
+    check_genuine,
+    companions,
+    read_json,
+)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -42,6 +50,7 @@ DTYPES: dict[str, np.dtype] = {
 
 _UNINDEXED = re.compile(r"model--\d{5}-of-(\d{5})\.safetensors")
 _HEADER_LIMIT = 100_000_000  # the format's own
+_MAX_AXES, _MAX_COUNT = 64, 1 << 62  # numpy's; the product of so many such numbers takes no time
 
 
 def recognizes(path: Path) -> bool:
@@ -157,6 +166,8 @@ def _unindexed(folder: Path) -> dict[Path, int]:
 
 def _read_unindexed(folder: Path) -> tuple[dict[str, SourceTensor], list[Path]]:
     shards = _unindexed(folder)
+    if not shards:
+        raise ConvertError(f"{folder}: found no safetensors; expected {EXPECTED}")
     total = max(shards.values())
     if len(shards) < total or set(shards.values()) != {total}:
         raise ConvertError(
@@ -175,6 +186,8 @@ def _read_unindexed(folder: Path) -> tuple[dict[str, SourceTensor], list[Path]]:
 def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
     """Returns the header and the byte at which the data starts."""
     with path.open("rb") as file:
+        check_genuine(path, file.read(GENUINE_BYTES))
+        file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > _HEADER_LIMIT or 8 + length > size:
             raise ConvertError(
@@ -199,7 +212,7 @@ def _entries(
     for name, entry in header.items():
         if not _is_sound(entry):
             raise ConvertError(
-                f"{path}: the header entry of {name!r} is {entry!r}; expected dtype, shape and data_offsets"
+                f"{path}: the header entry of {name!r} is {str(entry)[:200]}; expected dtype, shape and data_offsets"
             )
         code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         if code not in DTYPES:
@@ -214,7 +227,11 @@ def _entries(
 
 def _is_sound(entry: Any) -> bool:
     def are_counts(values: Any) -> bool:
-        return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
+        return (
+            isinstance(values, list)
+            and len(values) <= _MAX_AXES
+            and all(type(n) is int and 0 <= n < _MAX_COUNT for n in values)
+        )
 
     return (
         isinstance(entry, dict)

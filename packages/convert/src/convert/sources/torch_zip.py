@@ -16,7 +16,16 @@ from typing import Any
 
 from convert import unpickle
 from convert.errors import ConvertError
-from convert.sources import CONFIG, Source, SourceTensor, companions, read_json, torch_legacy
+from convert.sources import (
+    CONFIG,
+    GENUINE_BYTES,
+    Source,
+    SourceTensor,
+    check_genuine,
+    companions,
+    read_json,
+    torch_legacy,
+)
 from convert.sources.safetensors import read_shards
 from convert.sources.torch_storage import CALLS, CONSTANTS, Place, Storage, View, source_tensor
 from convert.sources.torch_storage import storage_of as _storage_of
@@ -42,6 +51,8 @@ def recognizes(path: Path) -> bool:
 def is_torch(path: Path) -> bool:
     """Tells whether torch.save wrote the file, of either format."""
     try:
+        if not path.is_file():
+            return False
         with path.open("rb") as file:
             start = file.read(len(torch_legacy.START))
         if start == torch_legacy.START:
@@ -90,10 +101,11 @@ def load(path: Path) -> tuple[Any, dict[str, Place]]:
       ConvertError: not such a file, damaged, cut short, or more than data.
     """
     with path.open("rb") as file:
-        if not (start := file.read(len(torch_legacy.START))):
+        if not (start := file.read(GENUINE_BYTES)):
             raise ConvertError(f"{path}: an empty file; expected one of torch.save")
+        check_genuine(path, start)
         buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if start == torch_legacy.START:
+    if start.startswith(torch_legacy.START):
         return torch_legacy.load(path, buffer)
     return _load_zip(path, buffer)
 
