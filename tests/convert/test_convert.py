@@ -185,6 +185,27 @@ def test_wrong_arguments_are_told(tmp_path: Path):
         convert.convert(source, out=source / "config.json" / "out")
 
 
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--source=", "--out=o"], "--source is empty"),
+        (["--model=gpt2", "--format=npz", "--dry_run"], "--format says what --source is"),
+    ],
+)
+def test_flags_that_say_nothing_are_wrong_usage(tmp_path: Path, flags: list[str], line: str):
+    done = hf.run("convert", *flags, cwd=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done
+    assert line in done.stderr
+
+
+def test_a_loop_of_links_is_no_destination(tmp_path: Path):
+    source = hf.write(tmp_path / "source", hf.tensors())
+    (tmp_path / "loop").symlink_to("loop")
+    for out in ("loop", "loop/out"):
+        with pytest.raises(ConvertError, match="loop"):
+            convert.convert(source, out=tmp_path / out)
+
+
 def test_the_folder_of_a_known_name_is_used_before_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

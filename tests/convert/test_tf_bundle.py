@@ -3,9 +3,12 @@
 import contextlib
 import json
 import shutil
+import struct
+import tracemalloc
 import zipfile
 from pathlib import Path
 
+import google_crc32c
 import ml_dtypes
 import numpy as np
 import pytest
@@ -41,6 +44,62 @@ def saved(tmp_path: Path) -> Path:
 
 def read(index: Path) -> dict[str, np.ndarray]:
     return {name: tensor.read() for name, tensor in tf_bundle.read_bundle(index)[0].items()}
+
+
+def put_table(
+    path: Path, *, data: list[bytes], metaindex: bytes, index: list[tuple[bytes, bytes]]
+) -> Path:
+    """Writes an index file of these blocks; `index` has what precedes the handle of each data block."""
+    out = b""
+
+    def put(content: bytes) -> bytes:
+        nonlocal out
+        handle = tf.varint(len(out)) + tf.varint(len(content))
+        signed = content + b"\0"
+        out += signed + struct.pack("<I", tf.masked(google_crc32c.value(signed)))
+        return handle
+
+    handles = [put(block) for block in data]
+    entries = b"".join(
+        lengths + tf.varint(len(handle)) + name + handle
+        for (lengths, name), handle in zip(index, handles, strict=True)
+    )
+    footer = put(metaindex) + put(entries + RESTARTS)
+    path.write_bytes(out + footer.ljust(40, b"\0") + struct.pack("<Q", tf.MAGIC))
+    return path
+
+
+RESTARTS = struct.pack("<2I", 0, 1)
+LONG = 1 << 20
+
+
+def test_names_that_share_their_beginnings_do_not_fill_the_memory(tmp_path: Path):
+    start = tf.varint(0) + tf.varint(LONG) + tf.varint(0) + b"a" * LONG
+    more = (tf.varint(LONG - 1) + tf.varint(1) + tf.varint(0) + b"a") * 1000
+    path = put_table(tmp_path / "x.index", data=[], metaindex=start + more + RESTARTS, index=[])
+    tracemalloc.start()
+    with pytest.raises(ConvertError, match="the metaindex holds what TensorFlow never writes"):
+        tf_bundle.read_index(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * LONG
+
+
+def test_names_of_blocks_have_an_end(tmp_path: Path):
+    index = [(tf.varint(0) + tf.varint(LONG), b"a" * LONG)]
+    index += [(tf.varint(LONG - 1) + tf.varint(1), b"a")] * 99
+    data = [tf.block([(b"%03d" % i, b"")]) for i in range(100)]
+    path = put_table(tmp_path / "x.index", data=data, metaindex=tf.block([]), index=index)
+    with pytest.raises(ConvertError, match="names of more than"):
+        tf_bundle.read_index(path)
+
+
+def test_no_block_is_empty(tmp_path: Path):
+    """A sum over the same large block, for every entry of an index, would take hours."""
+    index = [(tf.varint(0) + tf.varint(1), b"a")]
+    path = put_table(tmp_path / "x.index", data=[tf.block([])], metaindex=tf.block([]), index=index)
+    with pytest.raises(ConvertError, match="a block with nothing in it"):
+        tf_bundle.read_index(path)
 
 
 def test_what_tensorflow_saved_is_the_folder_that_hugging_faces_file_gives(tmp_path: Path):

@@ -238,6 +238,18 @@ EVIL: dict[str, tuple[bytes, str]] = {
         "element 6 of a storage of 6 float32",
     ),
     "strides beyond": (tf.archive(call(strides=(4, 1)), ONE), "element 6 of a storage of 6"),
+    "a stride of nothing": (
+        tf.archive(call(shape=(99, 3), strides=(0, 1)), ONE),
+        "element is repeated until",
+    ),
+    "a dict of other than names": (
+        tf.archive(tf.proto(b"ccollections\nOrderedDict\n](K\x01K\x02\x86K\x03\x86e\x85R"), ONE),
+        "expected names as keys",
+    ),
+    "a dict of no pairs": (
+        tf.archive(tf.proto(b"ccollections\nOrderedDict\n](K\x01e\x85R"), ONE),
+        "expected pairs",
+    ),
     "negative stride": (tf.archive(call(strides=(-3, 1)), ONE), "must be numbers of elements"),
     "negative offset": (tf.archive(call(offset=-1), ONE), "must be numbers of elements"),
     "negative shape": (tf.archive(call(shape=(-2, 3)), ONE), "must be numbers of elements"),

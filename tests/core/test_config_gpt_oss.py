@@ -297,6 +297,8 @@ class TestRefusals:
             ({"rope_theta": 1.0}, "rope_theta=1.0 must be above 1"),
             ({"rope_factor": 0.5}, "rope_factor=0.5 must be between 1 and 1,000,000"),
             ({"rope_beta_slow": 40.0}, "rope_beta_fast=32.0 must be above rope_beta_slow=40.0"),
+            ({"rope_beta_fast": 1e308}, "at most 1,000,000"),
+            ({"rope_beta_slow": 1e-320}, "at least 1e-06"),
             ({"attention_dropout": 1.0}, "attention_dropout=1.0 is not a probability below 1"),
             ({"quantization": "int8"}, "quantization='int8' is not implemented; mxfp4 is"),
             ({"quantization": "mxfp4", "hidden_size": 48}, "hidden_size=48 is no multiple of 32"),

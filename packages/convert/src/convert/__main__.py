@@ -59,6 +59,8 @@ def main() -> None:
 
 
 def _convert_source(path: str) -> None:
+    if not path:
+        raise door.Usage("--source is empty; expected the path of a folder or a file")
     if _REVISION.value is not None:
         raise door.Usage("--revision pins a download; it says nothing about --source")
     if not _OUT.value and not _DRY_RUN.value:
@@ -80,6 +82,8 @@ def _convert_model(name: str) -> None:
         raise door.Usage(
             f"--model={name} is a path; --model is NAME or OWNER/NAME, a checkpoint on disk is --source=PATH --out=DIR"
         )
+    if _FORMAT.value != "auto":
+        raise door.Usage("--format says what --source is; of a --model it is known")
     if _DRY_RUN.value:
         print(importer.describe_model(name, revision=_REVISION.value, **_types()))
         return

@@ -1,5 +1,6 @@
 """Where output may go: never in the place of something else."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,5 +38,5 @@ def for_export(out: str | Path, *, is_own: Callable[[Path], bool], overwrite: bo
 
 def check_apart(out: Path, source: Path) -> None:
     """Raises ConvertError if `source` lies where `out` would be written."""
-    if source.resolve().is_relative_to(out.resolve()):
+    if Path(os.path.realpath(source)).is_relative_to(os.path.realpath(out)):
         raise ConvertError(f"{out}: the source {source} lies there; choose another folder")

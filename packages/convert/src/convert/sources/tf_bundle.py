@@ -195,14 +195,16 @@ def _read_table(content: bytes) -> dict[bytes, bytes]:
         )
     footer = _Cursor(content[-_FOOTER_BYTES:])
     metaindex, where = [(footer.varint(), footer.varint()) for _ in range(2)]
-    if any(footer.rest()[: -len(_MAGIC)]) or list(_block_entries(_block(content, *metaindex))):
+    if any(footer.rest()[: -len(_MAGIC)]) or any(
+        True for _ in _block_entries(_block(content, *metaindex))
+    ):
         raise ConvertError(
             "damaged: the footer or the metaindex holds what TensorFlow never writes"
         )
     table: dict[bytes, bytes] = {}
     latest, names = None, 0
     for _, handle in _block_entries(_block(content, *where)):
-        cursor = _Cursor(handle)
+        cursor, before = _Cursor(handle), len(table)
         for key, value in _block_entries(_block(content, cursor.varint(), cursor.varint())):
             if latest is not None and key <= latest:
                 raise ConvertError("damaged: its keys do not rise")
@@ -211,6 +213,8 @@ def _read_table(content: bytes) -> dict[bytes, bytes]:
                 raise ConvertError(f"names of more than {_INDEX_LIMIT:,} bytes")
             table[key] = value
             latest = key
+        if len(table) == before:
+            raise ConvertError("damaged: a block with nothing in it")
     return table
 
 
@@ -234,12 +238,15 @@ def _block_entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
     end = len(block) - 4 * (restarts + 1)
     if len(block) < 4 or end < 0:
         raise ConvertError("damaged: a block shorter than its list of restarts")
-    cursor, key = _Cursor(block[:end]), b""
+    cursor, key, names = _Cursor(block[:end]), b"", 0
     while not cursor.is_done:
         shared, rest, size = cursor.varint(), cursor.varint(), cursor.varint()
         if shared > len(key):
             raise ConvertError("damaged: a key shares more than the one before it has")
         key = key[:shared] + cursor.take(rest)
+        names += len(key)
+        if names > _INDEX_LIMIT:
+            raise ConvertError(f"names of more than {_INDEX_LIMIT:,} bytes")
         yield key, cursor.take(size)
 
 

@@ -18,6 +18,9 @@ from convert.sources import SourceTensor
 
 _MAX_AXES = 64  # numpy's and torch's
 _MAX_BYTES = 1 << 62
+_MAX_OVERLAP = (
+    16  # a view may show its storage that many times over; more takes time without end to read
+)
 
 STORAGES: dict[str, np.dtype] = {
     "FloatStorage": np.dtype("<f4"),
@@ -153,6 +156,8 @@ def _rebuild(
         raise ValueError(
             f"element {last} of a storage of {storage.nbytes // dtype.itemsize} {dtype.name}"
         )
+    if math.prod(shape) * dtype.itemsize > _MAX_OVERLAP * storage.nbytes:
+        raise ValueError(f"an element is repeated until shape {list(shape)} is full")
     return View(storage, dtype, offset, shape, strides)
 
 
@@ -201,12 +206,21 @@ def _device(kind: Any, index: Any = None) -> str:
     return kind if index is None else f"{kind}:{index}"
 
 
+def _ordered(pairs: Any = ()) -> dict[str, Any]:
+    """Returns an ordered dict, made of nothing or of pairs; nothing but a name is hashed."""
+    if not all(type(pair) in (list, tuple) and len(pair) == 2 for pair in pairs):
+        raise ValueError("expected pairs")
+    if not all(type(name) is str for name, _ in pairs):
+        raise ValueError("expected names as keys")
+    return dict(pairs)
+
+
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < _MAX_BYTES
 
 
 CALLS: Mapping[str, Callable[..., Any]] = {
-    "collections.OrderedDict": dict,
+    "collections.OrderedDict": _ordered,
     "torch.Size": _size,
     "torch.device": _device,
     "torch._utils._rebuild_tensor": _tensor_v1,

@@ -97,10 +97,10 @@ class GptOssConfig(Config):
             yield f"rope_theta={self.rope_theta} must be above 1"
         if not 1 <= self.rope_factor <= _MAX_FACTOR:
             yield f"rope_factor={self.rope_factor} must be between 1 and {_MAX_FACTOR:,}"
-        if not self.rope_beta_fast > self.rope_beta_slow > 0:
+        if not 1 / _MAX_FACTOR <= self.rope_beta_slow < self.rope_beta_fast <= _MAX_FACTOR:
             yield (
                 f"rope_beta_fast={self.rope_beta_fast} must be above rope_beta_slow={self.rope_beta_slow}, "
-                "and both positive"
+                f"at least {1 / _MAX_FACTOR} and at most {_MAX_FACTOR:,}"
             )
 
     def _wrong_quantization(self) -> Iterator[str]:
