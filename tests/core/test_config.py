@@ -241,6 +241,7 @@ def test_configurations_survive_both_kinds_of_json(variant):
         ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon='1e-5' is not float"),
         ({"layer_norm_epsilon": 0.0}, "must be positive"),
         ({"n_inner": 0}, "n_inner=0 must be at least 1"),
+        ({"n_inner": 2**43}, "n_inner=8796093022208 is more than"),
         ({"activation_function": "swish"}, "activation_function='swish' is not one of gelu_new"),
         ({"attn_pdrop": 1.0}, "attn_pdrop=1.0 is not a probability below 1"),
         ({"eos_token_id": 97}, "eos_token_id=97 is outside the vocabulary of 97"),

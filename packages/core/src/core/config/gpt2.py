@@ -46,6 +46,8 @@ class GPT2Config(Config):
             return
         if self.n_inner is not None and self.n_inner < 1:
             yield f"n_inner={self.n_inner} must be at least 1, or null for 4 * n_embd"
+        if self.d_ff > 4 * base.MAX_SIZE:
+            yield f"n_inner={self.n_inner} is more than {4 * base.MAX_SIZE:,}"
         if self.n_embd % self.n_head:
             yield f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads"
         if self.activation_function not in ACTIVATIONS:
