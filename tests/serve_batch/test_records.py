@@ -11,6 +11,9 @@ from serve_batch.records import Prompt, RowError, Source
 DEFAULTS = Sampling(max_new_tokens=7, seed=5)
 
 
+TALK = [{"role": "user", "content": "hi"}]
+
+
 def parse(line: bytes | dict, format: records.Format = "jsonl") -> Prompt | RowError:
     line = json.dumps(line).encode() if isinstance(line, dict) else line
     return records.parse(line, format, DEFAULTS)
@@ -61,7 +64,13 @@ def parse(line: bytes | dict, format: records.Format = "jsonl") -> Prompt | RowE
         ({"prompt": "a", "ignore_eos": 1}, "bad_parameter"),
         ({"prompt": "a", "n": 4}, "unsupported_field"),
         ({"prompt": "a", "logprobs": 2}, "unsupported_field"),
-        ({"messages": [{"role": "user", "content": "hi"}]}, "unsupported_field"),
+        ({"messages": "hi"}, "bad_messages"),
+        ({"messages": []}, "bad_messages"),
+        ({"messages": [{"role": "nobody", "content": "hi"}]}, "bad_messages"),
+        (b'{"messages": [{"role": "user", "content": "\\udfff"}]}', "bad_messages"),
+        ({"messages": TALK, "tools": "hammer"}, "bad_messages"),
+        ({"messages": TALK, "reasoning_effort": 3}, "bad_messages"),
+        ({"messages": TALK, "prompt": "hi"}, "prompt_ambiguous"),
     ],
 )
 def test_a_bad_line_is_an_error_with_a_stable_code(line, code):
@@ -99,6 +108,16 @@ def test_null_and_absent_parameters_are_the_jobs():
 
 def test_token_ids_are_a_prompt():
     assert parse({"token_ids": [3, 1]}) == Prompt(prompt=(3, 1), sampling=DEFAULTS)
+
+
+def test_messages_are_a_prompt_with_what_belongs_to_them():
+    row = {"messages": TALK, "tools": [{"a": 1}], "reasoning_effort": "low", "label": 1}
+    prompt = parse(row)
+    assert isinstance(prompt, Prompt)
+    assert prompt.prompt == records.Conversation(TALK, [{"a": 1}], {"reasoning_effort": "low"})
+    assert prompt.input == {"label": 1}
+    del row["messages"]
+    assert parse(row | {"prompt": "a"}).input == row  # without messages they are anybody's
 
 
 def test_an_error_keeps_the_id_and_the_unknown_fields():
@@ -155,6 +174,8 @@ def test_every_record_has_the_same_keys():
         "source": {"file": "a.jsonl", "offset": 20, "line": 2},
         "status": "ok",
         "text": "b",
+        "channels": None,
+        "tool_calls": None,
         "token_ids": [5, 6],
         "finish_reason": "eos",
         "prompt_tokens": 3,

@@ -30,6 +30,9 @@ TOKENIZER_FILES = (
 )
 """The files that make up a tokenizer; a conversion copies those that are there."""
 
+GENERATION_CONFIG = "generation_config.json"
+"""Names the tokens that end a text, beside what else transformers' sampling loop is told."""
+
 
 class Tokenizer:
     """A vocabulary with its encoding and decoding; immutable and safe to share between threads."""

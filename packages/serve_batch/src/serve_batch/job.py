@@ -247,6 +247,7 @@ def _manifest(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
     return {
         "schema_version": records.SCHEMA_VERSION,
         "fingerprint": dict(plan.fingerprint),
+        "date": plan.date,
         "inputs": [i._asdict() for i in plan.inputs],
         "rows": rows,
         "ok": rows - by_code.total(),

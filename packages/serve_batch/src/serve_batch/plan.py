@@ -7,6 +7,7 @@ where it is the same.
 """
 
 import dataclasses
+import datetime
 import functools
 import glob
 import hashlib
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from core.errors import FlaxmillError
-from core.tokenizer import TOKENIZER_FILES
+from core.tokenizer import GENERATION_CONFIG, TOKENIZER_FILES
 from serve_batch import records
 
 if TYPE_CHECKING:
@@ -70,6 +71,12 @@ class Plan:
     inputs: tuple[Input, ...]
     shards: tuple[Shard, ...]
     fingerprint: Mapping[str, Scalar]
+    date: str
+    """The day it was made, YYYY-MM-DD: what chat templates are told that ask for it, however long the job takes."""
+
+    @property
+    def now(self) -> datetime.datetime:
+        return datetime.datetime.fromisoformat(self.date)
 
     @property
     def rows(self) -> int:
@@ -93,6 +100,7 @@ class Plan:
                 for number, first_row, rows, spans in fields["shards"]
             ),
             fingerprint=fields["fingerprint"],
+            date=datetime.date.fromisoformat(fields["date"]).isoformat(),
         )
 
 
@@ -109,7 +117,13 @@ def make(
       JobError: a file cannot be read, or changes meanwhile.
     """
     shards = tuple(_shards(root, inputs, shard_size))
-    return Plan(root=str(root), inputs=tuple(inputs), shards=shards, fingerprint=fingerprint)
+    return Plan(
+        root=str(root),
+        inputs=tuple(inputs),
+        shards=shards,
+        fingerprint=fingerprint,
+        date=datetime.date.today().isoformat(),
+    )
 
 
 def changes(
@@ -258,10 +272,14 @@ def fingerprint(model: Path, sampling: "Sampling", *, slots: int) -> dict[str, S
         "tokenizer": _digest(
             path for path in map(model.joinpath, TOKENIZER_FILES) if path.exists()
         ),
+        "generation_config": _digest(path for path in [model / GENERATION_CONFIG] if path.exists()),
         **{name: _scalar(value) for name, value in dataclasses.asdict(sampling).items()},
         "slots": slots,
         **{name: code_version(name) for name in ("core", "serve_batch")},
-        **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "tokenizers")},
+        **{
+            name: importlib.metadata.version(name)
+            for name in ("jax", "jaxlib", "jinja2", "tokenizers")
+        },
     }
 
 

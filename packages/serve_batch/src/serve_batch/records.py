@@ -10,6 +10,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from core import chat
+from core.errors import RequestError
+
 if TYPE_CHECKING:  # importing core.sampling imports jax
     from core import Completion, Sampling
 
@@ -22,7 +25,6 @@ FORMATS: Mapping[str, Format] = {".jsonl": "jsonl", ".txt": "text"}
 """The input formats, by file suffix."""
 
 _RESERVED = {
-    "messages": "chat messages are not supported yet; give the rendered text as 'prompt'",
     "n": "several samples per row are not supported yet; repeat the row with other seeds",
     "logprobs": "log-probabilities are not supported yet",
 }
@@ -41,9 +43,18 @@ class Source(NamedTuple):
         return f"{self.file}:{self.offset}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Messages for the model's chat template, and what else it is told."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    prompt: str | tuple[int, ...]
+    prompt: str | tuple[int, ...] | Conversation
     sampling: "Sampling"
     id: str | int | None = None
     input: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -141,22 +152,44 @@ def _take_id(fields: dict[str, Any]) -> str | int | None:
     return value
 
 
-def _take_prompt(fields: dict[str, Any]) -> str | tuple[int, ...]:
+def _take_prompt(fields: dict[str, Any]) -> str | tuple[int, ...] | Conversation:
     for name, why in _RESERVED.items():
         if fields.get(name) is not None:
             raise _Refused("unsupported_field", f"{name!r}: {why}")
-    text, ids = fields.pop("prompt", None), fields.pop("token_ids", None)
-    if text is not None and ids is not None:
-        raise _Refused("prompt_ambiguous", "the row has both 'prompt' and 'token_ids'; give one")
-    if ids is not None:
-        return _token_ids(ids)
-    if text is None:
-        raise _Refused("prompt_missing", "the row has neither 'prompt' nor 'token_ids'")
+    given = {name: value for name in _PROMPTS if (value := fields.pop(name, None)) is not None}
+    if len(given) > 1:
+        both = " and ".join(map(repr, given))
+        raise _Refused("prompt_ambiguous", f"the row has {both}; give one")
+    if "messages" in given:
+        return _conversation(given["messages"], fields)
+    if "token_ids" in given:
+        return _token_ids(given["token_ids"])
+    if not given:
+        raise _Refused("prompt_missing", "the row has no 'prompt', 'messages' or 'token_ids'")
+    text = given["prompt"]
     if not isinstance(text, str):
         raise _Refused("prompt_wrong_type", f"'prompt' must be a string, found {_named(text)}")
     if not _is_unicode(text):
         raise _Refused("prompt_wrong_type", "'prompt' holds a lone surrogate: it is not Unicode")
     return text
+
+
+def _conversation(messages: Any, fields: dict[str, Any]) -> Conversation:
+    """Takes what belongs to `messages` out of `fields` too; without messages it means nothing to us."""
+    tools, effort = fields.pop("tools", None), fields.pop("reasoning_effort", None)
+    if tools is not None and not (
+        isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+    ):
+        raise _Refused("bad_messages", f"'tools' must be a list of objects, found {_named(tools)}")
+    if effort is not None and not isinstance(effort, str):
+        raise _Refused(
+            "bad_messages", f"'reasoning_effort' must be a string, found {_named(effort)}"
+        )
+    try:
+        checked = chat.check(messages)
+    except RequestError as error:
+        raise _Refused(error.code, str(error)) from error
+    return Conversation(checked, tools, {} if effort is None else {"reasoning_effort": effort})
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
@@ -209,7 +242,8 @@ _PARAMETERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
 }
 """What a row may set for itself: the fields of `core.Sampling`, under the same names."""
 
-_KNOWN = {"id", "prompt", "token_ids", *_PARAMETERS}
+_PROMPTS = ("prompt", "messages", "token_ids")
+_KNOWN = {"id", *_PROMPTS, *_PARAMETERS}
 
 
 def _is_unicode(text: str) -> bool:
@@ -233,8 +267,12 @@ def record(
     index: int,
     source: Source,
     model: Mapping[str, str],
+    answer: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Returns the output record of `row`: the same keys for every row, null where there is nothing to say."""
+    """Returns the output record of `row`: the same keys for every row, null where there is nothing to say.
+
+    `answer` is what `core.harmony.answer` makes of the result, for a model that answers in channels.
+    """
     head = {
         "schema_version": SCHEMA_VERSION,
         "id": source.key if row.id is None else row.id,
@@ -250,12 +288,15 @@ def record(
         | {
             "status": "ok",
             "text": result.text,
+            "channels": None,
+            "tool_calls": None,
             "token_ids": list(result.tokens),
             "finish_reason": result.finish_reason,
             "prompt_tokens": len(result.prompt_tokens),
             "completion_tokens": len(result.tokens),
             "error": None,
         }
+        | dict(answer or {})
         | tail
     )
 
@@ -263,6 +304,8 @@ def record(
 _NOTHING = {
     "status": "error",
     "text": None,
+    "channels": None,
+    "tool_calls": None,
     "token_ids": None,
     "finish_reason": "error",
     "prompt_tokens": None,

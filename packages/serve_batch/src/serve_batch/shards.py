@@ -9,14 +9,15 @@ import hashlib
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from core import Completion, Request, RequestError, Sampling
 from serve_batch import host, records
 from serve_batch.output import OutputFolder, Receipt, committing
 from serve_batch.plan import JobError, Plan, Shard, Span
-from serve_batch.records import Prompt, RowError, Source
+from serve_batch.records import Conversation, Prompt, RowError, Source
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 CHUNK_PER_SLOT = 16
@@ -113,7 +114,12 @@ def generate(shard: Shard, work: Work) -> Receipt:
     with committing(work.job.output.part_file(work.plan, shard)) as part:
         for row, result in _complete(shard, work):
             fields = records.record(
-                row.content, result, index=row.index, source=row.source, model=work.model
+                row.content,
+                result,
+                index=row.index,
+                source=row.source,
+                model=work.model,
+                answer=_answer(row, result, work),
             )
             line = records.to_line(fields)
             part.write(line)
@@ -137,32 +143,49 @@ def _complete(shard: Shard, work: Work) -> Iterator[tuple[Row, Completion | RowE
     """Yields each row of `shard` with what became of it, in order."""
     rows = read(work.plan, shard, work.job.sampling)
     while chunk := list(itertools.islice(rows, work.job.slots * CHUNK_PER_SLOT)):
-        prompts = [row for row in chunk if isinstance(row.content, Prompt)]
-        results = iter(work.engine.complete([_request(row) for row in prompts]))
+        asked = [_request(row, work) for row in chunk]
+        results = iter(work.engine.complete([r for r in asked if isinstance(r, Request)]))
         done = [
             (
                 row,
-                _outcome(row.content, next(results))
-                if isinstance(row.content, Prompt)
-                else row.content,
+                _outcome(row.content, next(results) if isinstance(request, Request) else request),
             )
-            for row in chunk
+            for row, request in zip(chunk, asked, strict=True)
         ]
         if work.job.reports_progress:
             _report(work.job.output.progress_file, [result for _, result in done])
         yield from done
 
 
-def _request(row: Row) -> Request:
-    assert isinstance(row.content, Prompt)
+def _request(row: Row, work: Work) -> Request | RequestError | RowError:
+    """Returns what to ask of the engine, or why there is nothing to ask."""
+    if isinstance(row.content, RowError):
+        return row.content
+    prompt = row.content.prompt
+    if isinstance(prompt, Conversation):
+        try:
+            prompt = work.engine.encode(prompt, work.plan.now)
+        except RequestError as error:
+            return error
     own_id = row.content.id
     key = row.source.key if own_id is None else str(own_id)
-    return Request(row.content.prompt, row.content.sampling, id=key)
+    return Request(prompt, row.content.sampling, id=key)
 
 
-def _outcome(prompt: Prompt, result: Completion | RequestError) -> Completion | RowError:
+def _answer(row: Row, result: Completion | RowError, work: Work) -> Mapping[str, Any] | None:
+    """Returns what `core.harmony.answer` says of a chat model's completion; None for any other."""
+    if isinstance(row.content, RowError) or isinstance(result, RowError):
+        return None
+    if not isinstance(row.content.prompt, Conversation):
+        return None
+    return work.engine.answer(result, row.content.sampling.stop)
+
+
+def _outcome(
+    row: Prompt | RowError, result: Completion | RequestError | RowError
+) -> Completion | RowError:
     if isinstance(result, RequestError):
-        return RowError(code=result.code, message=str(result), id=prompt.id, input=prompt.input)
+        return RowError(code=result.code, message=str(result), id=row.id, input=row.input)
     return result
 
 
