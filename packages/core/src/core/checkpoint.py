@@ -36,11 +36,10 @@ from core.shards import Read as Read
 from core.shards import TensorSpec as TensorSpec
 from core.shards import parts as parts
 from core.shards import split as split
-from core.tokenizer import Tokenizer
+from core.tokenizer import GENERATION_CONFIG, Tokenizer
 
 SHARD_BYTES = 4 * 10**9
 CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 
