@@ -234,3 +234,31 @@ def test_long_prompts_go_through_in_chunks_and_continue_as_uncached(monkeypatch)
         whole = jnp.asarray([[*prompt, *found.tokens, *range(50)][:50]])
         logits_TV = np.asarray(apply(params, whole))[0, len(prompt) - 1 :]
         assert logits_TV.argmax(-1)[: len(found.tokens)].tolist() == list(found.tokens)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_decoding_makes_no_copy_of_narrow_weights(slots: int):
+    """Head and embedding are 16 MB each in bfloat16; a float32 copy of either would be 32."""
+    config = tiny.packed_config(vocab_size=131_072, num_hidden_layers=2, layer_types=None)
+    model = core.build(config)
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, jnp.uint8 if x.dtype == jnp.uint8 else jnp.bfloat16
+        ),
+        jax.eval_shape(model.init, jax.random.key(0)),
+    )
+
+    def loop(params, ids_B1, cache):
+        def step(carry):
+            t, ids_B1, cache = carry
+            places = jnp.broadcast_to(t[None, None], ids_B1.shape)
+            logits, cache = model.extend(params, ids_B1, places, cache, dtype=jnp.bfloat16)
+            return t + 1, logits.argmax(-1).astype(jnp.int32), cache
+
+        return jax.lax.while_loop(lambda carry: carry[0] < 9, step, (jnp.int32(0), ids_B1, cache))
+
+    ids_B1 = jax.ShapeDtypeStruct((slots, 1), jnp.int32)
+    cache = jax.eval_shape(lambda: KVCache.zeros(config, slots, 64, jnp.bfloat16))
+    needed = jax.jit(loop).lower(params, ids_B1, cache).compile().memory_analysis()
+    assert needed is not None
+    assert needed.temp_size_in_bytes < 8 * 2**20

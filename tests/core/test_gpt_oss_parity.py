@@ -103,6 +103,32 @@ def test_positions_far_beyond_the_original_context_and_the_window_are_transforme
     np.testing.assert_allclose(found, expected, atol=5e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
+def test_positions_beyond_the_published_original_context_are_transformers():
+    """4,300 tokens of a model of the published angles: uncached, and the last of them from a cache of rings."""
+    torch = pytest.importorskip("torch")
+    published = {"rope_theta": 150000.0, "head_dim": 64, "initial_context_length": 4096}
+    few = {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 128}
+    sizes = {"num_hidden_layers": 2, "layer_types": None, "max_position_embeddings": 8192}
+    config = tiny.config(**published, **few, **sizes)
+    flat, ids = tiny.weights(config, 10), tokens(config, 1, 4300)
+    with torch.no_grad():
+        expected_TV = theirs(config, flat)(torch.tensor(ids)).logits.numpy()[0]
+    model, params = core.build(config), tiny.params(flat)
+    found_TV = np.asarray(jax.jit(model.apply)(params, jnp.asarray(ids)))[0]
+    # float32 angles of position p are wrong by p * 6e-8 on both sides.
+    np.testing.assert_allclose(found_TV, expected_TV, atol=5e-4, rtol=1e-3)
+    prompt = ids[0, :4200].tolist()
+    (found,) = Engine(model, params, slots=1).complete(
+        [Request(prompt, Sampling(temperature=0, max_new_tokens=1, logprobs=101))]
+    )
+    assert isinstance(found, Completion)
+    assert found.logprobs is not None
+    ours = np.array([value for _, value in sorted(found.logprobs[0].top)])
+    last_V = expected_TV[4199] - expected_TV[4199].max()
+    np.testing.assert_allclose(ours, last_V - np.log(np.exp(last_V).sum()), atol=1e-3)
+
+
 def test_two_hundred_greedy_tokens_are_transformers():
     torch = pytest.importorskip("torch")
     config = tiny.config()

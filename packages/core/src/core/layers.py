@@ -9,6 +9,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from core.quant import Int8
+
 
 def layer_norm(
     x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, epsilon: float
@@ -60,16 +62,31 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 """By the names of `core.config.ACTIVATIONS`; three names of the tanh form differ in rounding only."""
 
 
+# Up to so many rows, which is decoding, a linear map of narrow numbers is summed and returned by `product`. With more
+# it is the backend's own narrow product, whose gradients are narrow too.
+_FEW_ROWS = 64
+
+
 def linear(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array | None, *, inputs: int = 1
+    x: jax.Array, kernel: jax.Array | Int8, bias: jax.Array | None, *, inputs: int = 1
 ) -> jax.Array:
     """Returns `x @ kernel + bias`, contracting the last `inputs` axes of `x` with the first of `kernel`.
+
+    An Int8 has its output axes first, and no gradient: those of `x` and of the bias are defined.
 
     >>> linear(jnp.ones((2, 5, 4)), jnp.ones((4, 3, 2)), jnp.ones((3, 2))).shape
     (2, 5, 3, 2)
     """
-    rows, outputs = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
-    flat = x.reshape(_size(rows), -1) @ kernel.reshape(-1, _size(outputs)).astype(x.dtype)
+    rows = x.shape[: x.ndim - inputs]
+    flat = x.reshape(_size(rows), -1)
+    if isinstance(kernel, Int8):
+        outputs = kernel.scales_O.shape
+        flat = _int8_product(flat, kernel).astype(x.dtype)
+    else:
+        outputs = kernel.shape[inputs:]
+        matrix = kernel.reshape(-1, _size(outputs)).astype(x.dtype)
+        few = _is_narrow(x) and len(flat) <= _FEW_ROWS
+        flat = product(flat, matrix, axis=0).astype(x.dtype) if few else flat @ matrix
     if bias is not None:
         flat = flat + bias.reshape(1, -1).astype(x.dtype)
     return flat.reshape(rows + outputs)
@@ -78,13 +95,48 @@ def linear(
 def unembed(x_BTD: jax.Array, kernel_VD: jax.Array) -> jax.Array:
     """Returns the logits_BTV of `x_BTD`, in float32 whatever the activations are."""
     B, T, D = x_BTD.shape
-    logits_RV = jax.lax.dot_general(
-        x_BTD.reshape(B * T, D),
-        kernel_VD.astype(x_BTD.dtype),
-        (((1,), (1,)), ((), ())),
+    logits_RV = product(x_BTD.reshape(B * T, D), kernel_VD.astype(x_BTD.dtype), axis=1)
+    return logits_RV.reshape(B, T, -1)
+
+
+def product(x_RI: jax.Array, matrix: jax.Array, *, axis: int) -> jax.Array:
+    """Returns `x_RI` times `matrix`, contracted along its `axis`, in float32.
+
+    XLA multiplies by a narrow matrix as it lies in memory if the result is float32 and there are two rows; for one row,
+    or for a narrow result, a CPU first makes a float32 copy of the matrix, as large as the weights twice.
+    """
+    lone = _is_narrow(x_RI) and len(x_RI) == 1
+    y_RO = jax.lax.dot_general(
+        jnp.concatenate([x_RI, x_RI]) if lone else x_RI,
+        matrix,
+        (((1,), (axis,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
-    return logits_RV.reshape(B, T, -1)
+    return y_RO[:1] if lone else y_RO
+
+
+_TILE = 64  # output channels of an int8 kernel that are converted at a time
+
+
+def _int8_product(x_RI: jax.Array, kernel: Int8) -> jax.Array:
+    """Returns `x_RI` times the kernel, in float32, in which whole numbers are exact; the scales come last.
+
+    A matrix that is converted as a whole goes through memory, which takes a CPU 7 to 40 times as long as the product;
+    tiles stay in its cache. Here the form is chosen, as measured in docs/log.md.
+    """
+    x_RI = x_RI.astype(jnp.float32)
+    values_OI = kernel.values_OI.reshape(-1, x_RI.shape[1])
+    O, I = values_OI.shape
+    whole = O // _TILE * _TILE if jax.default_backend() == "cpu" else 0
+
+    def of_tile(values_tI: jax.Array) -> jax.Array:
+        return x_RI @ values_tI.astype(jnp.float32).T
+
+    y_nRt = jax.lax.map(of_tile, values_OI[:whole].reshape(-1, _TILE, I))
+    y_RO = y_nRt.swapaxes(0, 1).reshape(len(x_RI), whole)
+    if whole < O:
+        y_RO = jnp.concatenate([y_RO, of_tile(values_OI[whole:])], axis=1)
+    return y_RO * kernel.scales_O.reshape(1, -1)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -98,6 +150,10 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 def _rows_like(vector: jax.Array, x: jax.Array) -> jax.Array:
     """`vector` in float32 with leading axes of one, so that no rank is promoted silently."""
     return vector.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+def _is_narrow(x: jax.Array) -> bool:
+    return x.dtype.itemsize < 4
 
 
 def _size(shape: tuple[int, ...]) -> int:
