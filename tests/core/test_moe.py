@@ -95,6 +95,22 @@ def test_rows_and_all_gradients_are_those_of_every_expert_meeting_every_row(
     assert not found[1][2].gate_up_EDF2[2].any()
 
 
+@FORMS
+def test_experts_in_two_halves_give_two_sums(ragged: bool):
+    """As two devices with half of the experts each; a row of neither's experts gives nothing, and has no gradient."""
+    x_RD, logits_RE, _, experts = a_case(40)
+
+    def halves(x_RD: jax.Array, logits_RE: jax.Array, experts: Any) -> jax.Array:
+        weights_RC, chosen_RC = moe.route(logits_RE, C)
+        form = functools.partial(moe._mix_of, tile=8, ragged=ragged, **SETTINGS)
+        low, high = (jax.tree.map(lambda x, i=i: jnp.split(x, [3])[i], experts) for i in (0, 1))
+        first_RD = form(x_RD, weights_RC, chosen_RC, low)
+        return first_RD + form(x_RD, weights_RC, chosen_RC - 3, high)
+
+    found = jax.jit(functools.partial(value_and_gradients, halves))(x_RD, logits_RE, experts)
+    assert_close(found, value_and_gradients(every_expert_meets_every_row, x_RD, logits_RE, experts))
+
+
 @pytest.mark.parametrize("rows", [1, 40])
 def test_packed_experts_pass_the_gradient_on_to_rows_router_and_biases(rows: int):
     x_RD, logits_RE, _, experts = a_case(rows)

@@ -20,7 +20,7 @@ import mmap
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -75,16 +75,21 @@ class ModelFolder:
         more = tuple(id_ for id_ in dict.fromkeys(ids) if id_ not in known)
         return dataclasses.replace(self.config, eos_token_id=known + more) if more else self.config
 
-    def params(self, dtype: Any = None) -> dict[str, Any]:
+    def params(
+        self, dtype: Any = None, *, shardings: Mapping[str, "Sharding"] | None = None
+    ) -> dict[str, Any]:
         """Returns the nested parameter dict as JAX arrays, cast to `dtype` if given and they are not quantised.
 
-        On a CPU the arrays share the file's pages and cost no memory: never donate them.
+        On a CPU the arrays share the file's pages and cost no memory: never donate them. With `shardings`, by name (see
+        `core.sharding`), each device gets its part of a tensor, and of the files this process reads only the parts of
+        its own devices, each once.
         """
-        import jax  # not above: conversion reads and writes folders without it
-        from flax import traverse_util
+        from flax import traverse_util  # not above: conversion reads and writes folders without it
 
         arrays = {
-            name: jax.device_put(x if dtype is None or is_quantised(name) else x.astype(dtype))
+            name: _on_devices(
+                x, None if is_quantised(name) else dtype, shardings[name] if shardings else None
+            )
             for name, x in self.tensors.items()
         }
         return traverse_util.unflatten_dict(arrays, sep=".")
@@ -290,6 +295,26 @@ def _map_shard(path: Path, expected_bytes: int) -> dict[str, np.ndarray]:
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: the safetensors header is damaged: {error}") from error
+
+
+def _on_devices(x: np.ndarray, dtype: Any, sharding: "Sharding | None") -> "jax.Array":
+    import jax  # not above: conversion does without it
+
+    def cast(part: np.ndarray) -> np.ndarray:
+        return part if dtype is None else part.astype(dtype)
+
+    if sharding is None:
+        return jax.device_put(cast(x))
+    parts: dict[tuple[Any, ...], np.ndarray] = {}
+
+    def part(index: Any) -> np.ndarray:
+        """Asked for by every device, also by those that hold the same."""
+        key = tuple((along.start, along.stop) for along in index)
+        if key not in parts:
+            parts[key] = np.ascontiguousarray(cast(x[index]))
+        return parts[key]
+
+    return jax.make_array_from_callback(x.shape, sharding, part)
 
 
 def _view(mapped: mmap.mmap, start: int, entry: Mapping[str, Any]) -> np.ndarray:

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from core import sharding
 from core.quant import MXFP4
 
 _LARGEST_TILE = 64  # rows that meet one expert at a time
@@ -23,13 +25,6 @@ class Experts(NamedTuple):
     gate_up_bias_EF2: jax.Array
     down_EFD: jax.Array | MXFP4
     down_bias_ED: jax.Array
-
-
-class Groups(NamedTuple):
-    """Where the rows of each expert lie, one expert after another."""
-
-    begin_E: jax.Array
-    size_E: jax.Array
 
 
 def router_logits(x_RD: jax.Array, kernel_DE: jax.Array, bias_E: jax.Array) -> jax.Array:
@@ -61,22 +56,56 @@ def mix(
 
     Here the form of the computation is chosen: `jax.lax.ragged_dot` for dense kernels on an accelerator; a loop over
     tiles of rows on a CPU, where the former costs up to 20 times as much (docs/log.md), and for packed kernels, of
-    which one expert at a time is unpacked. `ragged` chooses for dense kernels.
+    which one expert at a time is unpacked. `ragged` chooses for dense kernels. Where a mesh is set that cuts the
+    experts (`jax.set_mesh`), each device works for its own, and their sums are added.
     """
+    E = experts.down_bias_ED.shape[0]
+    ragged = jax.default_backend() != "cpu" if ragged is None else ragged
+    settings = {"tile": _tile(chosen_RC.size, E), "alpha": alpha, "limit": limit, "ragged": ragged}
+    one = functools.partial(_mix_of, **settings)
+    devices = jax.sharding.get_abstract_mesh().shape.get(sharding.EXPERT, 1)
+    if devices == 1 or E % devices:
+        return one(x_RD, weights_RC, chosen_RC, experts)
+
+    def of_device(x_RD, weights_RC, chosen_RC, experts):
+        first = jax.lax.axis_index(sharding.EXPERT) * len(experts.down_bias_ED)
+        return jax.lax.psum(one(x_RD, weights_RC, chosen_RC - first, experts), sharding.EXPERT)
+
+    whole, cut = PartitionSpec(), PartitionSpec(sharding.EXPERT)
+    return jax.shard_map(
+        of_device,
+        in_specs=(whole, whole, whole, cut),
+        out_specs=whole,
+        axis_names={sharding.EXPERT},
+        check_vma=False,
+    )(x_RD, weights_RC, chosen_RC, experts)
+
+
+def _mix_of(
+    x_RD: jax.Array,
+    weights_RC: jax.Array,
+    chosen_RC: jax.Array,
+    experts: Experts,
+    *,
+    tile: int,
+    alpha: float,
+    limit: float,
+    ragged: bool,
+) -> jax.Array:
+    """Returns what `experts` give of the weighted sum; others than 0..E-1 may be chosen, and give nothing here."""
     R, C = chosen_RC.shape
     E, D = experts.down_bias_ED.shape
     expert_P = chosen_RC.reshape(-1)
+    expert_P = jnp.where(
+        (expert_P >= 0) & (expert_P < E), expert_P, E
+    )  # the others' rows come last
     order_P = jnp.argsort(expert_P, stable=True)
     size_E = jnp.bincount(expert_P, length=E)
-    groups = Groups(jnp.cumsum(size_E) - size_E, size_E)
-
-    ragged = jax.default_backend() != "cpu" if ragged is None else ragged
-    tile = _tile(R * C, E)
 
     def product(x_PI: jax.Array, kernel: jax.Array | MXFP4, bias_EO: jax.Array) -> jax.Array:
         if ragged and not isinstance(kernel, MXFP4):
-            return _ragged(x_PI, kernel, bias_EO, groups)
-        return _tiled(x_PI, kernel, bias_EO, groups, tile)
+            return _ragged(x_PI, kernel, bias_EO, size_E)
+        return _tiled(x_PI, kernel, bias_EO, size_E, tile)
 
     gate_up_PF2 = product(
         x_RD[order_P // C],
@@ -111,27 +140,31 @@ def swiglu(gate_up_XF2: jax.Array, alpha: float, limit: float) -> jax.Array:
 
 
 def _ragged(
-    x_PI: jax.Array, kernel_EIO: jax.Array, bias_EO: jax.Array, groups: Groups
+    x_PI: jax.Array, kernel_EIO: jax.Array, bias_EO: jax.Array, size_E: jax.Array
 ) -> jax.Array:
-    """What `_tiled` gives, of rows that all belong to an expert, by the backend's own product of groups."""
+    """What `_tiled` gives, by the backend's own product of groups, which promises nothing of rows of no group."""
+    places_P = jnp.arange(len(x_PI))
+    own_P1 = (places_P < size_E.sum())[:, None]
     y_PO = jax.lax.ragged_dot(
-        x_PI,
+        jnp.where(own_P1, x_PI, 0),
         kernel_EIO.astype(x_PI.dtype),
-        groups.size_E.astype(jnp.int32),
+        size_E.astype(jnp.int32),
         preferred_element_type=jnp.float32,
     )
-    expert_P = jnp.repeat(jnp.arange(len(bias_EO)), groups.size_E, total_repeat_length=len(x_PI))
-    return y_PO + bias_EO.astype(jnp.float32)[expert_P]
+    expert_P = jnp.searchsorted(jnp.cumsum(size_E), places_P, side="right")
+    bias_PO = bias_EO.astype(jnp.float32)[jnp.minimum(expert_P, len(bias_EO) - 1)]
+    return jnp.where(own_P1, y_PO + bias_PO, 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _tiled(
-    x_PI: jax.Array, kernel: jax.Array | MXFP4, bias_EO: jax.Array, groups: Groups, tile: int
+    x_PI: jax.Array, kernel: jax.Array | MXFP4, bias_EO: jax.Array, size_E: jax.Array, tile: int
 ) -> jax.Array:
-    """Returns each row times its expert's kernel, plus its bias, [P, O] in float32; zero in rows of no group.
+    """Returns each row times its expert's kernel, plus its bias, [P, O] in float32.
 
-    Kernels are [E, I, O], packed ones [E, O, Q, Y]. Rows go through in tiles of one expert each, whose size does not
-    depend on who is chosen, so that a row's numbers do not depend on where the others go.
+    The first size_E[0] rows are expert 0's, and so on; what is left is nobody's, and zero. Kernels are [E, I, O],
+    packed ones [E, O, Q, Y]. Rows go through in tiles of one expert each, whose size does not depend on who is chosen,
+    so that a row's numbers do not depend on where the others go.
     """
     padded_PI = _padded(x_PI, tile)
 
@@ -144,16 +177,16 @@ def _tiled(
         return jax.lax.dynamic_update_slice_in_dim(y_PO, y_tO, begin, 0)
 
     y_PO = jnp.zeros((len(padded_PI), bias_EO.shape[1]))
-    return _for_tiles(groups, tile, take, y_PO)[: len(x_PI)]
+    return _for_tiles(size_E, tile, take, y_PO)[: len(x_PI)]
 
 
-def _tiled_forward(x_PI, kernel, bias_EO, groups, tile):
-    return _tiled(x_PI, kernel, bias_EO, groups, tile), (x_PI, kernel, bias_EO, groups)
+def _tiled_forward(x_PI, kernel, bias_EO, size_E, tile):
+    return _tiled(x_PI, kernel, bias_EO, size_E, tile), (x_PI, kernel, bias_EO, size_E)
 
 
 def _tiled_backward(tile, saved, dy_PO):
     """The same loop over the transposed kernels; their gradients are summed in place, an expert's in its tiles."""
-    x_PI, kernel, bias_EO, groups = saved
+    x_PI, kernel, bias_EO, size_E = saved
     padded_PI, padded_PO = _padded(x_PI, tile), _padded(dy_PO, tile)
     packed = isinstance(kernel, MXFP4)
 
@@ -172,7 +205,7 @@ def _tiled_backward(tile, saved, dy_PO):
 
     zeros_EIO = None if packed else jnp.zeros(kernel.shape)
     zeros = jnp.zeros_like(padded_PI), zeros_EIO, jnp.zeros(bias_EO.shape)
-    dx_PI, dkernel_EIO, dbias_EO = _for_tiles(groups, tile, take, zeros)
+    dx_PI, dkernel_EIO, dbias_EO = _for_tiles(size_E, tile, take, zeros)
     dkernel_EIO = None if packed else dkernel_EIO.astype(kernel.dtype)
     return dx_PI[: len(x_PI)], dkernel_EIO, dbias_EO.astype(bias_EO.dtype), None
 
@@ -180,16 +213,17 @@ def _tiled_backward(tile, saved, dy_PO):
 _tiled.defvjp(_tiled_forward, _tiled_backward)
 
 
-def _for_tiles(groups: Groups, tile: int, take: Callable[..., Any], carry: Any) -> Any:
+def _for_tiles(size_E: jax.Array, tile: int, take: Callable[..., Any], carry: Any) -> Any:
     """Calls take(expert, first row, which rows of the tile are the expert's [t, 1], carry) for each tile in order."""
-    tiles_E = (groups.size_E + tile - 1) // tile
+    tiles_E = (size_E + tile - 1) // tile
     last_E = jnp.cumsum(tiles_E)
+    begin_E = jnp.cumsum(size_E) - size_E
 
     def one(i: jax.Array, carry: Any) -> Any:
-        e = jnp.searchsorted(last_E, i, side="right")
+        e = (last_E <= i).sum()
         before = (i - last_E[e] + tiles_E[e]) * tile
-        own_t1 = (before + jnp.arange(tile) < groups.size_E[e])[:, None]
-        return take(e, groups.begin_E[e] + before, own_t1, carry)
+        own_t1 = (before + jnp.arange(tile) < size_E[e])[:, None]
+        return take(e, begin_E[e] + before, own_t1, carry)
 
     return jax.lax.fori_loop(0, last_E[-1], one, carry)
 

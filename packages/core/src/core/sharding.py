@@ -1,0 +1,114 @@
+"""Where parameters live on several devices: rules by axis letter, the same for every family.
+
+    mesh = sharding.mesh("expert=4,tensor=2")
+    folder = checkpoint.open("models/gpt-oss-20b")
+    placement = sharding.place(folder.config, mesh)
+    params = folder.params(shardings=placement.shardings)
+    with jax.set_mesh(mesh):
+        engine.complete(...)
+
+The mesh has to be set where a mixture of experts runs: there each device works for its own experts (`core.moe`).
+Everything else XLA partitions from where the parameters are.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from core.config import Config
+from core.errors import ConfigError
+
+AXES = ("data", "fsdp", "expert", "tensor")
+"""The axes that a mesh may have; along "data" every device has the same parameters."""
+
+EXPERT = "expert"
+
+RULES: Mapping[str, str] = {
+    "E": EXPERT,
+    "N": "tensor",
+    "K": "tensor",
+    "F": "tensor",
+    "R": "tensor",  # F in blocks
+    "V": "tensor",
+    "D": "fsdp",
+    "Q": "fsdp",  # D in blocks
+}
+"""The mesh axis along which a parameter's axis is cut, by letter; see `core.axes`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A sharding for every parameter by name, and `notes`: what stays whole although a rule would cut it, and why."""
+
+    shardings: Mapping[str, NamedSharding]
+    notes: tuple[str, ...]
+
+
+def mesh(sizes: str | Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """Returns a mesh over `devices` (all there are): "fsdp=2,tensor=4"; one size may be -1, which is what is left.
+
+    Raises:
+      ConfigError: an axis that is none of AXES, a size that is no positive number, or sizes that are not the devices'.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    given = _parsed(sizes) if isinstance(sizes, str) else dict(sizes)
+    if unknown := sorted(set(given) - set(AXES)):
+        raise ConfigError(f"mesh axis {unknown[0]!r} is unknown; expected {', '.join(AXES)}")
+    said = ",".join(f"{name}={size}" for name, size in given.items())
+    if any(size < 1 and size != -1 for size in given.values()) or [*given.values()].count(-1) > 1:
+        raise ConfigError(f"mesh {said}: sizes are positive, and one may be -1 (what is left)")
+    known = math.prod(size for size in given.values() if size != -1)
+    left = len(devices) // known
+    shape = {name: left if given.get(name) == -1 else given.get(name, 1) for name in AXES}
+    if math.prod(shape.values()) != len(devices):
+        raise ConfigError(
+            f"mesh {said} does not make the {len(devices)} devices; give one axis the size -1 for what is left"
+        )
+    return jax.make_mesh(
+        tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def place(config: Config, mesh: Mesh | AbstractMesh, rules: Mapping[str, str] = RULES) -> Placement:
+    """Returns where each parameter of `config` goes.
+
+    An axis whose length the mesh axis does not divide stays whole, as do those without a rule. Of two axes of one
+    parameter with the same rule the first is cut.
+    """
+    shardings: dict[str, NamedSharding] = {}
+    whole: dict[str, list[str]] = {}
+    for name, word in config.tensors().items():
+        spec: list[str | None] = []
+        for letter in word:
+            axis = rules.get(letter)
+            size = mesh.shape.get(axis, 1) if axis is not None else 1
+            if size == 1 or axis in spec:
+                spec.append(None)
+            elif config.axes[letter] % size:
+                spec.append(None)
+                reason = f"{letter}={config.axes[letter]} does not divide by {axis}={size}"
+                whole.setdefault(reason, []).append(name)
+            else:
+                spec.append(axis)
+        shardings[name] = NamedSharding(mesh, PartitionSpec(*spec))
+    return Placement(shardings, tuple(_notes(whole)))
+
+
+def _parsed(sizes: str) -> dict[str, int]:
+    parsed = {}
+    for part in filter(None, sizes.replace(" ", "").split(",")):
+        name, _, size = part.partition("=")
+        if not size.removeprefix("-").isdecimal() or name in parsed:
+            raise ConfigError(f"mesh {sizes!r}: expected AXIS=SIZE,..., each axis once")
+        parsed[name] = int(size)
+    return parsed
+
+
+def _notes(whole: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    for reason, names in whole.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"{reason}: {names[0]}{more} not cut there"
