@@ -275,6 +275,19 @@ def test_pytorchs_shards_are_those_of_its_index(hub: Hub, fetch: Run, commits):
     assert fetched(fetch(REPO)) == kept
 
 
+def test_a_shard_that_the_repository_lacks_is_told_before_any_is_fetched(
+    hub: Hub, run: Run, fetch: Run, commits
+):
+    hub.repos[REPO][NEW] = {
+        name: data
+        for name, data in commits[NEW].items()
+        if name != "model-00002-of-00002.safetensors"
+    }
+    for done in (run(f"--model={REPO}", "--dry_run"), fetch(REPO)):
+        assert "lacks model-00002-of-00002.safetensors" in hf.the_error(done, stdout=None)
+    assert hub.storage_requests() == []
+
+
 def test_pytorchs_weights_resume_too_and_are_hashed(hub: Hub, fetch: Run, commits):
     weights = os.urandom(26_000_000)
     hub.repos[REPO][NEW] = {

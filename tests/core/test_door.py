@@ -78,6 +78,16 @@ def test_a_bug_is_a_traceback():
     assert "ZeroDivisionError" in stderr
 
 
+def test_a_path_of_any_bytes_is_printed_as_it_is():
+    done = subprocess.run(
+        [sys.executable, "-c", SLEEPER.format(body=r"print('a\udcff')")],
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"ready\na\xff\n", b"")
+
+
 def test_a_reader_that_has_seen_enough_is_no_failure():
     process = start("[print('x' * 1000) for _ in range(1000)]")
     assert process.stdout is not None

@@ -139,7 +139,12 @@ def weight_names(snapshot: Snapshot) -> list[str]:
     if index in snapshot.sizes:
         path = _in_cache(snapshot.repo, index, snapshot.revision)
         assert path is not None, "the index is a companion and companions come first"
-        return sorted(set(safetensors.shard_names(path).values()))
+        names = sorted(set(safetensors.shard_names(path).values()))
+        if absent := [name for name in names if name not in snapshot.sizes]:
+            raise ConvertError(
+                f"{snapshot.repo} lacks {', '.join(absent)} at {snapshot.revision}, which its {index} names"
+            )
+        return names
     if single in snapshot.sizes:
         return [single]
     held = sorted(n for n in snapshot.sizes if n.endswith((".h5", ".msgpack", ".safetensors")))

@@ -4,6 +4,7 @@
 found, what was expected and what to do next; a traceback means a bug of ours.
 """
 
+import io
 import os
 import signal
 import sys
@@ -62,6 +63,8 @@ def run(
 
     def guarded(passed_on: list[str]) -> None:
         signal.signal(signal.SIGINT, interrupt)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="surrogateescape")  # a path is bytes, not always text
         try:
             main(passed_on) if passes_on else main()
             sys.stdout.flush()
