@@ -10,10 +10,10 @@ from core.tokenizer import Tokenizer
 
 CHATML = """\
 {% for message in messages %}
-{% if loop.first and message.role != 'system' %}
+    {% if loop.first and message.role != 'system' %}
 <|im_start|>system
 You are a helpful assistant.<|im_end|>
-{% endif %}
+    {% endif %}
 <|im_start|>{{ message.role }}
 {% generation %}{{ message['content'] | trim }}{% endgeneration %}<|im_end|>
 {% endfor %}

@@ -14,6 +14,7 @@ import core
         "import core.config, core.axes",
         "import core.tokenizer",
         "import core.errors",
+        "import core.chat, core.harmony",
         "import core.sampling_flags",
     ],
 )

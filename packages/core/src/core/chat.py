@@ -17,7 +17,7 @@ import datetime
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -43,7 +43,6 @@ _SPECIAL_TOKENS = tuple(f"{kind}_token" for kind in "bos eos unk sep pad cls mas
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 # Private-use characters around what a message holds; taken out of the messages first, so that none can be forged.
 _OPEN, _CLOSE = "\U000f0000", "\U000f0001"
-_MARKS = re.compile(f"[{_OPEN}{_CLOSE}]")
 
 
 class _Given(NamedTuple):
@@ -156,13 +155,14 @@ class Chat:
         if harmony.is_spoken_by(self._tokenizer):
             checked = harmony.without_old_analysis(checked)
         given = _Given(checked, _json_of(tools), _json_of(variables or {}))
+        given = _Given(*(_changed(value, _without_marks) for value in given))
         text = self._render(given, now, add_generation_prompt)
-        marked_given = _Given(*map(self._mark, given))
+        marked_given = _Given(*(_changed(value, self._mark) for value in given))
         try:
             if marked_given == given:
                 return self._tokenizer.encode(text)
             marked = self._render(marked_given, now, add_generation_prompt)
-            if _MARKS.sub("", marked) != text:
+            if _without_marks(marked) != text:
                 raise RequestError(
                     "bad_messages",
                     "the messages hold a special token that the chat template takes apart; remove it",
@@ -201,13 +201,9 @@ class Chat:
         # In any case, because a template may change it.
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)", re.IGNORECASE)
 
-    def _mark(self, value: Any) -> Any:
-        """Returns `value` with every control token in its strings between marks."""
-        if isinstance(value, str):
-            return self._control_tokens.sub(f"{_OPEN}\\g<0>{_CLOSE}", value)
-        if isinstance(value, dict):
-            return {self._mark(key): self._mark(item) for key, item in value.items()}
-        return list(map(self._mark, value)) if isinstance(value, list) else value
+    def _mark(self, text: str) -> str:
+        """Returns `text` with every control token in it between marks."""
+        return self._control_tokens.sub(f"{_OPEN}\\g<0>{_CLOSE}", text)
 
     def _encode_marked(self, marked: str) -> list[int]:
         """Encodes what is between marks as plain text; a mark alone still parts what is beside it."""
@@ -259,13 +255,13 @@ def check(messages: Any) -> list[dict[str, Any]]:
 
 
 def _json_of(value: Any, depth: int = 0) -> Any:
-    """Returns a copy of JSON data, so that a template gets no other object in its hands; marks are taken out."""
+    """Returns a copy of JSON data, so that a template gets no other object in its hands."""
     if depth > 100:
         raise RequestError("bad_messages", "the messages are nested too deeply")
     if isinstance(value, str):
         if not _is_unicode(value):
             raise RequestError("bad_messages", "the messages hold a lone surrogate")
-        return _MARKS.sub("", value)
+        return value
     if value is None or type(value) in (bool, int, float):
         return value
     if isinstance(value, Mapping):
@@ -273,6 +269,19 @@ def _json_of(value: Any, depth: int = 0) -> Any:
     if isinstance(value, list | tuple):
         return [_json_of(item, depth + 1) for item in value]
     raise RequestError("bad_messages", f"the messages hold a {type(value).__name__}, expected JSON")
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    """Returns JSON data with every string in it changed, keys too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): _changed(item, change) for key, item in value.items()}
+    return [_changed(item, change) for item in value] if isinstance(value, list) else value
+
+
+def _without_marks(text: str) -> str:
+    return text.replace(_OPEN, "").replace(_CLOSE, "")
 
 
 def _is_unicode(text: str) -> bool:
