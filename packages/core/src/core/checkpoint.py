@@ -38,6 +38,10 @@ from core.shards import parts as parts
 from core.shards import split as split
 from core.tokenizer import GENERATION_CONFIG, Tokenizer
 
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Sharding
+
 SHARD_BYTES = 4 * 10**9
 CONFIG = "config.json"
 MANIFEST = "manifest.json"
@@ -223,8 +227,17 @@ def save(
 
 
 def is_quantised(name: str) -> bool:
-    """Tells whether a tensor holds packed numbers or their scales, in bytes, which no cast may touch."""
-    return name.endswith((".blocks", ".scales"))
+    """Tells whether a tensor holds packed numbers or their scales, which no cast may touch."""
+    return name.endswith((".blocks", ".values", ".scales"))
+
+
+def quantised_dtype(config: Config, name: str) -> str | None:
+    """Returns the type that a tensor of `config` has whatever the others have; None if it is not quantised."""
+    if not is_quantised(name):
+        return None
+    if config.family == "gpt_oss":
+        return "uint8"
+    return "float32" if name.endswith(".scales") else "int8"
 
 
 def is_model_folder(path: Path) -> bool:
@@ -336,9 +349,9 @@ def _check_names(
         if expected[name] != x.shape
     ]
     wrong += [
-        f"{name} should be {'uint8' if is_quantised(name) else 'floating point'}, is {x.dtype}"
+        f"{name} should be {quantised_dtype(config, name) or 'floating point'}, is {x.dtype}"
         for name, x in found.items()
-        if is_quantised(name) != (x.dtype == "uint8")
+        if not _is_right_type(x.dtype, quantised_dtype(config, name))
     ]
     missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     wrong += [f"missing {_some(missing)}"] * bool(missing)
@@ -347,6 +360,10 @@ def _check_names(
         raise CheckpointError(
             f"{path}: the tensors are not those of config.json: {'; '.join(sorted(wrong)[:5])}"
         )
+
+
+def _is_right_type(dtype: Any, quantised: str | None) -> bool:
+    return dtype == quantised if quantised else dtype not in ("uint8", "int8")
 
 
 def _check_specs(path: Path, config: Config, specs: Sequence[TensorSpec]) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from core.quant import Int8
+
 
 def layer_norm(
     x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, epsilon: float
@@ -66,18 +68,25 @@ _FEW_ROWS = 64
 
 
 def linear(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array | None, *, inputs: int = 1
+    x: jax.Array, kernel: jax.Array | Int8, bias: jax.Array | None, *, inputs: int = 1
 ) -> jax.Array:
     """Returns `x @ kernel + bias`, contracting the last `inputs` axes of `x` with the first of `kernel`.
+
+    An Int8 has its output axes first, and no gradient: those of `x` and of the bias are defined.
 
     >>> linear(jnp.ones((2, 5, 4)), jnp.ones((4, 3, 2)), jnp.ones((3, 2))).shape
     (2, 5, 3, 2)
     """
-    rows, outputs = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
+    rows = x.shape[: x.ndim - inputs]
     flat = x.reshape(_size(rows), -1)
-    matrix = kernel.reshape(-1, _size(outputs)).astype(x.dtype)
-    few = _is_narrow(x) and len(flat) <= _FEW_ROWS
-    flat = product(flat, matrix, axis=0).astype(x.dtype) if few else flat @ matrix
+    if isinstance(kernel, Int8):
+        outputs = kernel.scales_O.shape
+        flat = _int8_product(flat, kernel).astype(x.dtype)
+    else:
+        outputs = kernel.shape[inputs:]
+        matrix = kernel.reshape(-1, _size(outputs)).astype(x.dtype)
+        few = _is_narrow(x) and len(flat) <= _FEW_ROWS
+        flat = product(flat, matrix, axis=0).astype(x.dtype) if few else flat @ matrix
     if bias is not None:
         flat = flat + bias.reshape(1, -1).astype(x.dtype)
     return flat.reshape(rows + outputs)
@@ -104,6 +113,30 @@ def product(x_RI: jax.Array, matrix: jax.Array, *, axis: int) -> jax.Array:
         preferred_element_type=jnp.float32,
     )
     return y_RO[:1] if lone else y_RO
+
+
+_TILE = 64  # output channels of an int8 kernel that are converted at a time
+
+
+def _int8_product(x_RI: jax.Array, kernel: Int8) -> jax.Array:
+    """Returns `x_RI` times the kernel, in float32, in which whole numbers are exact; the scales come last.
+
+    A matrix that is converted as a whole goes through memory, which takes a CPU 7 to 40 times as long as the product;
+    tiles stay in its cache. Here the form is chosen, as measured in docs/log.md.
+    """
+    x_RI = x_RI.astype(jnp.float32)
+    values_OI = kernel.values_OI.reshape(-1, x_RI.shape[1])
+    O, I = values_OI.shape
+    whole = O // _TILE * _TILE if jax.default_backend() == "cpu" else 0
+
+    def of_tile(values_tI: jax.Array) -> jax.Array:
+        return x_RI @ values_tI.astype(jnp.float32).T
+
+    y_nRt = jax.lax.map(of_tile, values_OI[:whole].reshape(-1, _TILE, I))
+    y_RO = y_nRt.swapaxes(0, 1).reshape(len(x_RI), whole)
+    if whole < O:
+        y_RO = jnp.concatenate([y_RO, of_tile(values_OI[whole:])], axis=1)
+    return y_RO * kernel.scales_O.reshape(1, -1)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

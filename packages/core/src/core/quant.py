@@ -2,6 +2,9 @@
 
 MXFP4 (OCP Microscaling Formats 1.0, 2023): 32 consecutive numbers of the contracted axis share a scale, a power of two;
 each is four bits (E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives), two to a byte, the first in the low half.
+
+Int8: whole numbers from -127 to 127 and one float32 scale for each output channel, which is a 127th of the channel's
+largest weight (`convert.int8`).
 """
 
 from typing import NamedTuple
@@ -36,6 +39,19 @@ class MXFP4(NamedTuple):
         values = codes * _power(half + 64, dtype)[..., None]
         values = values * _power(self.scales_EOQ - half + 63, dtype)[..., None]
         return values.reshape(*self.scales_EOQ.shape[:-1], -1)
+
+
+class Int8(NamedTuple):
+    """The kernel of a linear map: O stands for one or several output axes, I for the contracted ones after them."""
+
+    values_OI: jax.Array  # int8
+    scales_O: jax.Array  # float32
+
+    def decode(self, dtype=jnp.float32) -> jax.Array:
+        """Returns the kernel with its output axes first; the product with the scale is rounded once, to float32."""
+        inputs = (1,) * (self.values_OI.ndim - self.scales_O.ndim)
+        scales = self.scales_O.reshape(self.scales_O.shape + inputs)
+        return (self.values_OI.astype(jnp.float32) * scales).astype(dtype)
 
 
 def _power(biased: jax.Array, dtype) -> jax.Array:

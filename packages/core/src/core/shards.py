@@ -26,12 +26,13 @@ from core.journal import Journal
 
 ALIGNMENT = 64  # jax.device_put shares pages from here on
 PART_BYTES = 4 * 2**20  # of a tensor at a time: a thread holds two or three; larger is not faster
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8"}
 NUMPY_DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
 }
 
 _COLUMNS = 128  # copied at a time from a transposed matrix
@@ -40,7 +41,7 @@ _BLOCK_BYTES = 2**20  # hashed, and written while the processor's cache has it
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """One tensor to be written: `dtype` by its numpy name ("uint8": quantised); its origin is for the manifest."""
+    """One tensor to be written: `dtype` by its numpy name (integers: quantised); its origin is for the manifest."""
 
     name: str
     shape: tuple[int, ...]

@@ -103,6 +103,11 @@ def _from_folder(config: TrainConfig, dataset: Dataset) -> tuple[Model, Params]:
     found = folder.config
     if not isinstance(found, GPT2Config):
         raise TrainError(f"{path}: a {found.family}; {GPT2Config.family} is what can be trained")
+    if found.quantization is not None:
+        raise TrainError(
+            f"{path}: its kernels are {found.quantization}, which has no gradients; "
+            "start from the model that it was converted from"
+        )
     _check_shape(config, found, path)
     _check_vocabulary(path, found, dataset)
     if config.block_size > found.n_positions:

@@ -18,6 +18,7 @@ class GPT2Config(Config):
     `use_bias=False` leaves the biases out of every linear layer and layer norm (nanoGPT's `bias=False`).
     `scale_attn_by_inverse_layer_idx` divides layer i's scores by i + 1 (Mistral's GPT-2s).
     `reorder_and_upcast_attn` asks for scores and softmax in float32, which `core` does always: it is kept for export.
+    `quantization="int8"` stores the kernels of the blocks in int8 with a scale for each output channel.
     """
 
     family: ClassVar[str] = "gpt2"
@@ -38,6 +39,7 @@ class GPT2Config(Config):
     embd_pdrop: float = 0.1
     attn_pdrop: float = 0.1
     resid_pdrop: float = 0.1
+    quantization: str | None = None
 
     def _contradictions(self) -> Iterator[str]:
         sizes = list(base.positive(self, _SIZES))
@@ -60,6 +62,8 @@ class GPT2Config(Config):
             if not 0 <= getattr(self, name) < 1:
                 yield f"{name}={getattr(self, name)} is not a probability below 1"
         yield from base.foreign_tokens(self)
+        if self.quantization not in (None, "int8"):
+            yield f"quantization={self.quantization!r} is not implemented; int8 is"
 
     @property
     def head_dim(self) -> int:
@@ -86,11 +90,18 @@ class GPT2Config(Config):
             "F": self.d_ff,
         }
 
+    @property
+    def dense(self) -> "GPT2Config":
+        """The same model with its kernels in floating point."""
+        return dataclasses.replace(self, quantization=None)
+
     def tensors(self) -> dict[str, str]:
-        """Every parameter's name and axes.
+        """Every parameter's name and axes; the values of an int8 kernel have its output axes first.
 
         >>> GPT2Config(n_layer=1).tensors()["blocks.0.attn.qkv.kernel"]
         'D3NH'
+        >>> GPT2Config(n_layer=1, quantization="int8").tensors()["blocks.0.attn.qkv.kernel.values"]
+        '3NHD'
         """
         block = {
             "ln_1.scale": "D",
@@ -106,6 +117,8 @@ class GPT2Config(Config):
             "mlp.down.kernel": "FD",
             "mlp.down.bias": "D",
         }
+        if self.quantization == "int8":
+            block = _in_int8(block)
         tensors = {"wte.embedding": "VD", "wpe.embedding": "PD"}
         for layer in range(self.n_layer):
             tensors |= {f"blocks.{layer}.{name}": axes for name, axes in block.items()}
@@ -116,6 +129,11 @@ class GPT2Config(Config):
             tensors = {name: axes for name, axes in tensors.items() if not name.endswith(".bias")}
         return tensors
 
+    @property
+    def parameter_count(self) -> int:
+        """How many numbers the model holds, however they are stored; a scale is no parameter."""
+        return self.count(self.dense.tensors().values())
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "GPT2Config":
         """Reads a Hugging Face config.json of model type "gpt2"; see `Config.from_hf`."""
@@ -123,7 +141,7 @@ class GPT2Config(Config):
             raise ConfigError(
                 f"config.json has model_type {config.get('model_type')!r}; 'gpt2' is what can be read"
             )
-        known = {field.name for field in dataclasses.fields(cls)} - {"use_bias"}
+        known = {field.name for field in dataclasses.fields(cls)} - _OURS
         wrong: list[str] = []
         settings = base.hf_settings(config, known, aliases=_ALIASES, unsupported={}, wrong=wrong)
         if wrong:
@@ -133,10 +151,11 @@ class GPT2Config(Config):
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the config.json with which transformers opens this model."""
-        settings = {k: v for k, v in base.to_json(self).items() if k != "use_bias"}
+        settings = {k: v for k, v in base.to_json(self).items() if k not in _OURS}
         return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]} | settings
 
 
+_OURS = {"use_bias", "quantization"}  # fields that no config.json has
 _SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 _ALIASES = {
     "hidden_size": "n_embd",
@@ -144,6 +163,19 @@ _ALIASES = {
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
 }
+
+
+def _in_int8(block: dict[str, str]) -> dict[str, str]:
+    """Returns the tensors of a block with each kernel as its values and its scales, one for each output."""
+    stored: dict[str, str] = {}
+    for name, axes in block.items():
+        if name.endswith(".kernel"):
+            outputs = block[name.removesuffix("kernel") + "bias"]
+            inputs = axes.removesuffix(outputs)
+            stored |= {f"{name}.values": outputs + inputs, f"{name}.scales": outputs}
+        else:
+            stored[name] = axes
+    return stored
 
 
 def _published(n_layer: int, n_head: int, n_embd: int) -> GPT2Config:

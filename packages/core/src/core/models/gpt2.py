@@ -145,7 +145,8 @@ def _linear(
     Those that write to the residual stream start smaller by sqrt(2 L) (the paper, section 2.3): the stream sums 2 L.
     """
     std = config.initializer_range / (math.sqrt(2 * config.n_layer) if residual else 1)
-    return Linear(inputs, outputs, std, config.use_bias, name=name)
+    int8 = config.quantization == "int8"
+    return Linear(inputs, outputs, std, config.use_bias, int8, name=name)
 
 
 class LayerNorm(nn.Module):

@@ -1,30 +1,45 @@
 """What the families share of Flax modules: parameters that are declared under the names of the model folder."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from core.layers import linear
+from core.quant import Int8
 
 Initializer = Callable[..., jax.Array]
 
 
 class Linear(nn.Module):
-    """An affine map from the axes `inputs` to the axes `outputs`; its kernel starts as N(0, std)."""
+    """An affine map from the axes `inputs` to the axes `outputs`; its kernel starts as N(0, std).
+
+    With `int8` the kernel is stored so, and starts uniform, near that standard deviation.
+    """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     std: float
     use_bias: bool = True
+    int8: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        normal = nn.initializers.normal(self.std)
-        kernel = self.param("kernel", normal, self.inputs + self.outputs)
+        kernel: Any = self.param("kernel", self._values if self.int8 else self._dense)
+        if self.int8:
+            kernel = Int8(kernel["values"], kernel["scales"])
         bias = self.param("bias", nn.initializers.zeros, self.outputs) if self.use_bias else None
         return linear(x, kernel, bias, inputs=len(self.inputs))
+
+    def _dense(self, key: jax.Array) -> jax.Array:
+        return nn.initializers.normal(self.std)(key, self.inputs + self.outputs)
+
+    def _values(self, key: jax.Array) -> dict[str, jax.Array]:
+        values = jax.random.randint(key, self.outputs + self.inputs, -127, 128, jnp.int8)
+        scale = self.std / 73.3  # the standard deviation of the values
+        return {"values": values, "scales": jnp.full(self.outputs, scale, jnp.float32)}
 
 
 class Table(nn.Module):
