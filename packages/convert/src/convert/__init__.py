@@ -26,6 +26,7 @@ def convert(
     out: str | Path,
     dtype: str = "keep",
     experts: str = "keep",
+    quantization: str = "keep",
     format: str = "auto",
     revision: str | None = None,
     overwrite: bool = False,
@@ -38,7 +39,8 @@ def convert(
     A path that exists is read, as `format` or by its content; any other string names a model on the hub ("gpt2-xl",
     "owner/name"), which is looked for in `models/src` first and downloaded otherwise, at `revision` (a branch, tag or
     commit). `dtype` is "keep", or what every weight is cast to: "float32", "bfloat16", "float16". `experts` is that
-    for the experts of a GPT-OSS alone, which are packed as "mxfp4" and which any other type unpacks. `resume` goes on
+    for the experts of a GPT-OSS alone, which are packed as "mxfp4" and which any other type unpacks. `quantization`
+    "int8" rounds the kernels of a GPT-2's blocks. `resume` goes on
     with the same conversion where an earlier one was interrupted or killed. `on_note` is told whether there was one,
     and what is odd about the source. `quiet=True` shows no progress, `None` shows it where stderr is a terminal.
 
@@ -48,15 +50,12 @@ def convert(
     """
     from convert import destination, importer
 
+    types = {"dtype": dtype, "experts": experts, "quantization": quantization}
     destination.for_model(out, overwrite=overwrite)
     if isinstance(source_or_model, Path) or Path(source_or_model).exists():
-        plan = importer.plan_source(
-            source_or_model, dtype=dtype, experts=experts, format=format, revision=revision
-        )
+        plan = importer.plan_source(source_or_model, **types, format=format, revision=revision)
     else:
-        plan = importer.plan_model(
-            source_or_model, dtype=dtype, experts=experts, revision=revision, quiet=quiet
-        )
+        plan = importer.plan_model(source_or_model, **types, revision=revision, quiet=quiet)
     for note in plan.source.notes:
         if on_note is not None:
             on_note(note)

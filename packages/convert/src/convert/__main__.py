@@ -36,6 +36,12 @@ _EXPERTS = flags.DEFINE_enum(
     ["keep", "mxfp4", "float32", "bfloat16", "float16"],
     "The type of GPT-OSS's experts; another than mxfp4 unpacks them (bfloat16: exactly, to four times the size).",
 )
+_QUANTIZATION = flags.DEFINE_enum(
+    "quantization",
+    "keep",
+    ["keep", "int8"],
+    "int8 rounds the kernels of a GPT-2's blocks, with a scale for each output channel; --dtype is the rest's.",
+)
 _FORMAT = flags.DEFINE_enum(
     "format", "auto", ["auto", *sources.READERS], "The format of --source, which its content tells."
 )
@@ -93,7 +99,7 @@ def _convert_model(name: str) -> None:
 
 
 def _types() -> dict[str, Any]:
-    return {"dtype": _DTYPE.value, "experts": _EXPERTS.value}
+    return {"dtype": _DTYPE.value, "experts": _EXPERTS.value, "quantization": _QUANTIZATION.value}
 
 
 def _write(plan: "importer.Plan", out: Path) -> None:

@@ -28,6 +28,11 @@ def export(
     out = destination.for_export(out, is_own=target.is_own, overwrite=overwrite)
     try:
         folder = checkpoint.open(model)
+        if getattr(folder.config, "quantization", None) == "int8":
+            raise ConvertError(
+                f"{model}: its kernels are rounded to int8, which no export holds; export a folder that was converted "
+                f"without --quantization from {_origin(folder)}"
+            )
         if problems := target.check(folder):
             raise ConvertError(f"{model} cannot be written as {to}", problems)
         total = target.nbytes(folder)
@@ -41,3 +46,8 @@ def export(
         if on_note is not None:
             on_note(note)
     return out
+
+
+def _origin(folder: checkpoint.ModelFolder) -> str:
+    source = folder.manifest.get("source") or {}
+    return str(source.get("repo") or source.get("path") or source.get("url") or "its source")

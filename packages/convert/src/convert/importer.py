@@ -14,15 +14,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert import destination, mapping, mxfp4, progress, sources, tables
+from convert import destination, int8, mapping, mxfp4, progress, sources, tables
 from convert.errors import ConvertError
 from core import axes, workers
-from core.checkpoint import TensorSpec
+from core.checkpoint import TensorSpec, quantised_dtype
 from core.checkpoint import parts as in_parts
-from core.config import Config, GptOssConfig
+from core.config import Config, GPT2Config, GptOssConfig
 
 DTYPES = ("keep", *mapping.FLOATS)
 EXPERTS = ("keep", "mxfp4", *mapping.FLOATS)
+QUANTIZATIONS = ("keep", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Plan:
     """A conversion that will work: what is read, how every parameter is found, and what the manifest says of it.
 
     `experts` other than "keep" is what the experts' kernels are written as: a dense type where they are packed unpacks.
+    `quantization` "int8" rounds the kernels of a GPT-2's blocks to that, whatever `dtype` says of the rest.
     """
 
     source: sources.Source
@@ -37,11 +39,14 @@ class Plan:
     dtype: str
     origin: Mapping[str, Any]
     experts: str = "keep"
+    quantization: str = "keep"
 
     @property
     def config(self) -> Config:
         """The model that is written."""
         config = self.match.config
+        if self.quantization == "int8" and isinstance(config, GPT2Config):
+            return dataclasses.replace(config, quantization="int8")
         unpacks = self.experts in mapping.FLOATS
         return config.dense if unpacks and isinstance(config, GptOssConfig) else config
 
@@ -65,13 +70,30 @@ class Plan:
 
         `spec` may have another type than the plan's: verification derives what a folder holds, as it holds it.
         """
+        if self.rounds(spec.name):
+            yield from self._rounded(spec)
+            return
         for part in self._unpacked(spec.name) if self._is_packed(spec.name) else self._kept(spec):
             yield cast(part, spec.dtype, self.found(spec.name)[0])
 
     def found(self, name: str) -> tuple[str, ...]:
         """Returns the source's tensors from which a parameter is made; none, if it has no such parameter."""
+        if self.rounds(name):
+            return (self.moves[_kernel(name)].found,)
         names = (name + part for part in mxfp4.PARTS) if self._is_packed(name) else (name,)
         return tuple(self.moves[name].found for name in names if name in self.moves)
+
+    def rounds(self, name: str) -> bool:
+        """Tells whether a parameter is the values or the scales of a kernel that the source has in floating point."""
+        return name.endswith(int8.PARTS) and name not in self.moves and _kernel(name) in self.moves
+
+    def _rounded(self, spec: TensorSpec) -> Iterator[np.ndarray]:
+        name, words = _kernel(spec.name), self.config.tensors()
+        values, scales = (words[name + part] for part in int8.PARTS)
+        stored = self.match.config.tensors()[name]
+        weights = axes.relayout(self._mapped(name), f"{stored} -> {values}", self.config.axes)
+        make = int8.values if spec.name.endswith(int8.PARTS[0]) else int8.scales
+        return make(weights, len(scales), self.found(spec.name)[0])
 
     def _is_packed(self, name: str) -> bool:
         return name + mxfp4.PARTS[0] in self.moves
@@ -108,12 +130,14 @@ class Plan:
         return "\n".join([facts, *notes, "", *_rows(self)])
 
     def _spec(self, name: str, word: str) -> TensorSpec:
+        if self.rounds(name):
+            return self._rounded_spec(name, word)
         first = self.moves[name + mxfp4.PARTS[0] if self._is_packed(name) else name]
         stored = self.source.tensors[first.found].dtype
         wanted = self.dtype
         if name.endswith(mxfp4.KERNELS) and self.experts in mapping.FLOATS:
             wanted = self.experts
-        elif wanted == "keep" or stored not in mapping.FLOATS:
+        elif wanted == "keep" or quantised_dtype(self.config, name):
             wanted = stored
         return TensorSpec(
             name=name,
@@ -123,12 +147,23 @@ class Plan:
             layout=first.layout if first.target == name else f"mxfp4 {first.layout} -> {word}",
         )
 
+    def _rounded_spec(self, name: str, word: str) -> TensorSpec:
+        layout = self.moves[_kernel(name)].layout
+        return TensorSpec(
+            name=name,
+            shape=axes.shape(word, self.config.axes),
+            dtype=quantised_dtype(self.config, name) or "",
+            sources=self.found(name),
+            layout=f"int8 {layout} -> {word}",
+        )
+
 
 def plan_source(
     path: str | Path,
     *,
     dtype: str = "keep",
     experts: str = "keep",
+    quantization: str = "keep",
     revision: str | None = None,
     format: str = "auto",
     origin: Mapping[str, Any] | None = None,
@@ -142,17 +177,25 @@ def plan_source(
         raise ConvertError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if experts not in EXPERTS:
         raise ConvertError(f"experts {experts!r} is not one of {', '.join(EXPERTS)}")
+    if quantization not in QUANTIZATIONS:
+        raise ConvertError(
+            f"quantization {quantization!r} is not one of {', '.join(QUANTIZATIONS)}"
+        )
     if revision is not None and origin is None:
         raise ConvertError(f"revision {revision!r} pins a download, but {path} is a local folder")
     source = sources.open_source(path, format=format)
     config = tables.read_config(source.path, source.config, source.tensors)
     _check_experts(path, config, experts)
+    _check_quantization(path, config, quantization)
     try:
         match = mapping.match(tables.table(source, config), config, source.tensors)
     except ConvertError as error:
         raise ConvertError(f"{path}: {error.summary}", error.problems) from error
-    source = dataclasses.replace(source, notes=(*source.notes, *tables.notes(source)))
-    return Plan(source, match, dtype, origin or {"path": str(path)}, experts)
+    notes = (*source.notes, *tables.notes(source))
+    if quantization == "int8":
+        notes = (*notes, _ROUNDED)
+    source = dataclasses.replace(source, notes=notes)
+    return Plan(source, match, dtype, origin or {"path": str(path)}, experts, quantization)
 
 
 def plan_model(
@@ -160,6 +203,7 @@ def plan_model(
     *,
     dtype: str = "keep",
     experts: str = "keep",
+    quantization: str = "keep",
     revision: str | None = None,
     quiet: bool | None = None,
 ) -> Plan:
@@ -169,33 +213,40 @@ def plan_model(
     """
     from convert import hub, openai
 
+    types = {"dtype": dtype, "experts": experts, "quantization": quantization}
     if (local := hub.local_folder(name)) is not None:
-        return plan_source(local, dtype=dtype, experts=experts, revision=revision)
+        return plan_source(local, **types, revision=revision)
     if name in openai.MODELS:
         openai.check_revision(name, revision)
         folder = openai.fetch_companions(name, quiet=quiet)
         config = tables.read_config(folder, sources.read_json(folder / openai.HPARAMS))
         _check_experts(folder, config, experts)
+        _check_quantization(folder, config, quantization)
         openai.fetch_weights(name, quiet=quiet)
-        return plan_source(folder, dtype=dtype, experts=experts, origin=openai.origin(name))
+        return plan_source(folder, **types, origin=openai.origin(name))
     snapshot = hub.resolve(name, revision)
     folder = hub.fetch_companions(snapshot, quiet=quiet)
     config = tables.read_config(folder, sources.read_json(folder / sources.CONFIG))
     _check_experts(folder, config, experts)
+    _check_quantization(folder, config, quantization)
     hub.fetch_weights(snapshot, quiet=quiet)
-    return plan_source(
-        folder, dtype=dtype, experts=experts, revision=revision, origin=snapshot.origin
-    )
+    return plan_source(folder, **types, revision=revision, origin=snapshot.origin)
 
 
 def describe_model(
-    name: str, *, dtype: str = "keep", experts: str = "keep", revision: str | None = None
+    name: str,
+    *,
+    dtype: str = "keep",
+    experts: str = "keep",
+    quantization: str = "keep",
+    revision: str | None = None,
 ) -> str:
     """Returns what `plan_model` would do, without fetching weights."""
     from convert import hub, openai
 
     if (local := hub.local_folder(name)) is not None:
-        return plan_source(local, dtype=dtype, experts=experts, revision=revision).describe()
+        types = {"dtype": dtype, "experts": experts, "quantization": quantization}
+        return plan_source(local, **types, revision=revision).describe()
     if name in openai.MODELS:
         openai.check_revision(name, revision)
         folder = openai.fetch_companions(name, quiet=True)
@@ -209,12 +260,14 @@ def describe_model(
         source = f"{snapshot.repo} at {snapshot.revision}"
         sizes = {file: snapshot.sizes[file] for file in hub.weight_names(snapshot)}
     _check_experts(folder, config, experts)
+    _check_quantization(folder, config, quantization)
     return _lines(
         source=source,
         fetches=", ".join(f"{file} ({size:,} bytes)" for file, size in sizes.items()),
         model=_summary(config),
         writes=f"every tensor as {'it is stored' if dtype == 'keep' else dtype}"
-        + (f", the experts as {experts}" if experts != "keep" else ""),
+        + (f", the experts as {experts}" if experts != "keep" else "")
+        + (f", the blocks' kernels as {quantization}" if quantization != "keep" else ""),
     )
 
 
@@ -302,6 +355,27 @@ def _check_experts(path: str | Path, config: Config, experts: str) -> None:
         raise ConvertError(
             f"{path}: the experts are stored dense, and packing them as mxfp4 would round them; keep them"
         )
+
+
+_ROUNDED = "the blocks' kernels are rounded to int8, each weight by at most 1/254 of its output channel's largest"
+
+
+def _check_quantization(path: str | Path, config: Config, quantization: str) -> None:
+    if quantization == "keep":
+        return
+    if not isinstance(config, GPT2Config):
+        raise ConvertError(
+            f"{path}: a {config.family} is not written as {quantization}; that is for gpt2"
+        )
+    if config.quantization is not None:
+        raise ConvertError(
+            f"{path}: the kernels are {config.quantization} already; leave --quantization away"
+        )
+
+
+def _kernel(name: str) -> str:
+    """Returns the name of the kernel whose values or scales are called `name`."""
+    return name.rpartition(".")[0]
 
 
 def _has_infinity(x: np.ndarray) -> bool:

@@ -122,6 +122,10 @@ def check_possible(config: Config) -> None:
     """
     from core import models
 
+    if getattr(config, "quantization", None) == "int8":
+        raise ConvertError(
+            "the logits cannot be compared: torch has no model with these int8 kernels; leave --logits away"
+        )
     try:
         models.build(config)
     except ConfigError as error:

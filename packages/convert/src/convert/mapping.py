@@ -13,7 +13,7 @@ import numpy as np
 
 from convert.errors import ConvertError
 from convert.sources import SourceTensor
-from core import axes
+from core import axes, checkpoint
 from core.config import Config
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -229,7 +229,8 @@ def _misfits(tensor: SourceTensor, held: list[Move], config: Config) -> Iterator
     expected = (sum(shape[0] for shape in shapes), *shapes[0][1:])
     if tensor.shape != expected:
         yield f"{tensor.name} has shape {list(tensor.shape)}, expected {list(expected)}"
-    types = ("uint8",) if held[0].target.endswith((".blocks", ".scales")) else FLOATS
+    quantised = checkpoint.quantised_dtype(config, held[0].target)
+    types = FLOATS if quantised is None else (quantised,)
     if tensor.dtype not in types:
         yield f"{tensor.name} is {tensor.dtype}, expected one of {', '.join(types)}"
 

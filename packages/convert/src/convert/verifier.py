@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class Report:
     """What was looked at, and in `problems` everything that is not in order; printed, it says that nothing is not.
 
-    `change` says in what the tensors are not those of `against` bit for bit: a cast, unpacked experts. `notes` are for
+    `change` says in what the tensors are not those of `against` bit for bit: a cast, unpacked experts, rounded
+    kernels. `notes` are for
     the user to hear: what could not be compared.
     """
 
@@ -105,12 +106,16 @@ def _open(model: str | Path) -> ModelFolder:
 
 
 def _plan(folder: ModelFolder, against: str | Path, format: str) -> importer.Plan:
-    """Returns the plan that makes such a folder of the source, with its experts unpacked where the folder's are."""
+    """Returns the plan that makes such a folder of the source: experts are unpacked, kernels rounded, as there."""
     plan = importer.plan_source(against, format=format)
-    packed, unpacked = (getattr(c, "quantization", None) for c in (plan.config, folder.config))
-    if packed is None or unpacked is not None:
+    theirs, ours = (getattr(c, "quantization", None) for c in (plan.config, folder.config))
+    if theirs == ours or plan.config.family != folder.config.family:
         return plan
-    return importer.plan_source(against, format=format, experts="bfloat16")
+    if theirs == "mxfp4":
+        return importer.plan_source(against, format=format, experts="bfloat16")
+    if ours == "int8":
+        return importer.plan_source(against, format=format, quantization="int8")
+    return plan
 
 
 def _differing_files(folder: ModelFolder) -> Iterator[str]:
@@ -159,13 +164,17 @@ def _notes(folder: ModelFolder, plan: importer.Plan) -> Iterator[str]:
 
 def _change(folder: ModelFolder, plan: importer.Plan) -> str:
     """Returns how the folder's tensors were made from others than they are, or nothing where they were not."""
-    casts, unpacked = set(), False
+    casts, unpacked, rounded = set(), False, False
     for name, array in folder.tensors.items():
+        if plan.rounds(name):
+            rounded = True
+            continue
         stored = {plan.source.tensors[found].dtype for found in plan.found(name)}
         unpacked |= "uint8" in stored and array.dtype.name in mapping.FLOATS
         if stored - {"uint8", array.dtype.name}:
             casts.add(array.dtype.name)
     made = ["with its experts unpacked"] if unpacked else []
+    made += ["with its kernels rounded to int8"] if rounded else []
     made += [f"cast to {' and '.join(sorted(casts))}"] if casts else []
     return ", ".join(made)
 
