@@ -297,7 +297,7 @@ def test_text_and_ids_are_those_of_transformers(family, tmp_path, monkeypatch):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ours = Chat.open(tmp_path, tokenizer)
     special = "".join(chat_templates.SPECIAL[family])
-    for messages in (TALK, TALK[1:], TALK[:1] + talk(f"a{special}b<|endoftext|>")):
+    for messages in (TALK, TALK[1:3], TALK[:1] + talk(f"a{special}b<|endoftext|>")):
         for prompt in (True, False):
             arguments = {"add_generation_prompt": prompt, "tools": TOOLS}
             text = theirs.apply_chat_template(messages, tokenize=False, **arguments)

@@ -136,4 +136,5 @@ def test_analysis_before_the_last_final_answer_is_left_out():
         user,
         call,
     ]
-    assert harmony.without_old_analysis([user, call]) == [user, call]
+    for kept in ([user, call], [user, call, final], [final]):
+        assert harmony.without_old_analysis(kept) == kept

@@ -89,13 +89,14 @@ def calls(messages: Iterable[Message]) -> list[dict[str, str | None]]:
 
 
 def without_old_analysis(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns a conversation without the reasoning before its last final answer, as gpt-oss was trained.
+    """Returns a conversation without the reasoning before a final answer that it goes on after, as gpt-oss was trained.
 
-    A chain of tool calls that has not been answered yet keeps its own.
+    A chain of tool calls that has not been answered yet keeps its own; so does an answer that is the last
+    message, which is there to be learnt.
     """
     finals = [
         number
-        for number, message in enumerate(messages)
+        for number, message in enumerate(messages[:-1])
         if message.get("role") == "assistant"
         and message.get("content")
         and not message.get("tool_calls")
