@@ -133,7 +133,8 @@ def test_eight_devices_give_the_tokens_logits_and_gradients_of_one(
     assert of_mesh["same_tokens"]
     assert of_mesh["difference"] < 2e-5 * max(found["spread"], 1)
     assert of_mesh["gradients"] < 2e-5
-    assert of_mesh["share"] < (0.3 if "data" in mesh else 0.25)
+    # Of a packed kernel eight devices do not divide the two blocks along D or the three along F; half is whole then.
+    assert of_mesh["share"] < (0.6 if kind == "mxfp4" else 0.3)
 
 
 def test_each_host_reads_its_own_parts_only_and_each_part_once(tmp_path: Path):
@@ -147,7 +148,7 @@ def test_each_host_reads_its_own_parts_only_and_each_part_once(tmp_path: Path):
     hosts = [
         program("read", tmp_path / "model", "fsdp=2,expert=-1,tensor=2", i, port) for i in (0, 1)
     ]
-    for found in map(result, hosts):
+    for found in [result(host) for host in hosts]:
         assert found["devices"] == 8
         assert found["right"]
         for name, word in config.tensors().items():
@@ -163,3 +164,5 @@ def test_parameters_with_shardings_are_cast_but_for_packed_ones(tmp_path: Path):
     for dtype in (None, "bfloat16"):
         placed, plain = opened.params(dtype, shardings=shardings), opened.params(dtype)
         jax.tree.map(np.testing.assert_array_equal, placed, plain)
+        types = {str(x.dtype) for x in jax.tree.leaves(placed)}
+        assert types == {"uint8", dtype or "float32"}
