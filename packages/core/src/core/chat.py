@@ -91,7 +91,7 @@ class Chat:
         template = _read_template(folder, settings.get("chat_template"))
         if template is None:
             return None
-        tokens = {"eos_token": tokenizer.eos} | {
+        tokens = {
             name: token.get("content") if isinstance(token, dict) else token
             for name in _SPECIAL_TOKENS
             if (token := settings.get(name)) is not None

@@ -160,11 +160,6 @@ class Tokenizer:
         known = set(self._backend.get_vocab(with_added_tokens=True).values())
         return tuple(sorted(set(range(self.vocab_size)) - known))
 
-    @property
-    def eos(self) -> str | None:
-        """The token that ends a text, if there is one."""
-        return self._eos
-
     @functools.cached_property
     def added_tokens(self) -> dict[str, bool]:
         """The tokens that stand for themselves in a text, and whether each is special."""
