@@ -138,3 +138,9 @@ def test_analysis_before_the_last_final_answer_is_left_out():
     ]
     for kept in ([user, call], [user, call, final], [final]):
         assert harmony.without_old_analysis(kept) == kept
+
+
+def test_half_a_character_stays_in_the_message_that_it_ends():
+    half = TOKENIZER.encode("é")[:1]
+    ids = TOKENIZER.encode("<|message|>a") + half + TOKENIZER.encode("<|end|>b")
+    assert [m.content for m in harmony.parse(TOKENIZER, ids)] == ["a\ufffd", "b"]
