@@ -155,6 +155,18 @@ def test_a_second_copy_in_a_subfolder_is_not_read(tmp_path: Path):
     assert open_source(folder).tensors.keys() == hf.tensors().keys()
 
 
+def test_of_two_formats_in_one_folder_the_first_is_read_and_the_other_named(tmp_path: Path):
+    folder = hf.write(tmp_path / "gpt", hf.tensors())
+    assert open_source(folder).notes == ()
+    np.savez(folder / "model.npz", **hf.tensors(seed=1))
+    source = open_source(folder)
+    assert source.format == "safetensors"
+    (note,) = source.notes
+    assert note.endswith("holds npz too; safetensors is read, --format=npz reads the other")
+    other = open_source(folder, format="npz")
+    assert (other.format, other.notes) == ("npz", ())
+
+
 def test_what_lies_there_instead_is_named(tmp_path: Path):
     with pytest.raises(ConvertError, match="no such file or folder"):
         open_source(tmp_path / "nothing")

@@ -21,10 +21,8 @@ from convert.errors import ConvertError
 
 DEPTH = 50
 OPCODES = 1 << 21  # at some 200 bytes each, the most that a file can make us hold
-_GROWTH, _ALLOWANCE = (
-    16,
-    1 << 20,
-)  # a tree may be that many times as large as its pickle, and so many bytes more
+# A tree may be that many times as large as its pickle, and so many bytes more.
+_GROWTH, _ALLOWANCE = 16, 1 << 20
 _LARGEST = 1 << 26  # and this in any case; all strings together, too
 _NAME_BYTES = 1024
 _KEYS = (

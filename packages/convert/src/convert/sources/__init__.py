@@ -102,9 +102,11 @@ def open_source(path: str | Path, *, format: str = "auto") -> Source:
         if not (path.is_file() or path.is_dir()):
             raise ConvertError(f"{path}: neither a file nor a folder; expected a checkpoint")
         formats = READERS if format == "auto" else [format]
-        for reader in map(_reader, formats):
-            if format != "auto" or reader.recognizes(path):
-                return reader.open(path)
+        for name in formats:
+            if format != "auto":
+                return _open_as(name, path)
+            if _reader(name).recognizes(path):
+                return _with_others_noted(_reader(name).open(path), name, path)
     except OSError as error:
         raise ConvertError(f"{path}: {error}") from error
     expected = "; ".join(_reader(format).EXPECTED for format in formats)
@@ -140,6 +142,26 @@ def check_genuine(path: Path, start: bytes) -> None:
 def companions(folder: Path) -> dict[str, Path | bytes]:
     """Returns the tokenizer and generation files that lie in `folder`."""
     return {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
+
+
+def _open_as(format: str, path: Path) -> Source:
+    try:
+        return _reader(format).open(path)
+    except OSError as error:
+        expected = _reader(format).EXPECTED
+        raise ConvertError(f"{path}: {error}; as {format} expected {expected}") from error
+
+
+def _with_others_noted(source: Source, format: str, path: Path) -> Source:
+    """Adds a note if the folder holds other formats too, of which nobody could tell which was meant."""
+    rest = list(READERS)[list(READERS).index(format) + 1 :]
+    if format == "model_folder" or not path.is_dir():
+        return source
+    others = [name for name in rest if _reader(name).recognizes(path)]
+    if not others:
+        return source
+    note = f"{path} holds {' and '.join(others)} too; {format} is read, --format={others[0]} reads the other"
+    return dataclasses.replace(source, notes=(*source.notes, note))
 
 
 def _reader(format: str) -> Reader:

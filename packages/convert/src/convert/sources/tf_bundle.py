@@ -41,9 +41,8 @@ DTYPES: dict[int, np.dtype] = {
 }
 """TensorFlow's numbers of types, as numpy's."""
 
-_STRING = (
-    7  # not raw bytes but lengths and characters: a tensor that can be named, and is never a weight
-)
+# Not raw bytes but lengths and characters: a tensor that can be named, and is never a weight.
+_STRING = 7
 _MAGIC = bytes.fromhex("57fb808b247547db")
 _FOOTER_BYTES = 48
 _INDEX_LIMIT = 1 << 26  # bytes of an index, and of the names in it; the largest GPT-2's has 21,000

@@ -18,9 +18,8 @@ from convert.sources import SourceTensor
 
 _MAX_AXES = 64  # numpy's and torch's
 _MAX_BYTES = 1 << 62
-_MAX_OVERLAP = (
-    16  # a view may show its storage that many times over; more takes time without end to read
-)
+# A view may show its storage that many times over; more takes time without end to read.
+_MAX_OVERLAP = 16
 
 STORAGES: dict[str, np.dtype] = {
     "FloatStorage": np.dtype("<f4"),
