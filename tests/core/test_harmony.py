@@ -34,6 +34,10 @@ def parse(text: str, **options):
             "<|channel|>commentary to=functions.spin <|constrain|>json<|message|>{}<|call|>",
             [Message("assistant", "commentary", "functions.spin", "json", "{}", "<|call|>")],
         ),
+        "to a tool, its type without a space": (
+            "<|channel|>commentary to=functions.spin<|constrain|>json<|message|>{}<|call|>",
+            [Message("assistant", "commentary", "functions.spin", "json", "{}", "<|call|>")],
+        ),
         "of a tool": (
             "<|start|>functions.spin to=assistant<|channel|>commentary<|message|>ok<|end|>",
             [Message("functions.spin", "commentary", "assistant", None, "ok", "<|end|>")],
