@@ -62,7 +62,7 @@ def pair(**variant: Any) -> tuple[models.Model, Any, models.Model, Any]:
     """An int8 model and the dense one of its decoded kernels."""
     config = tiny.config(quantization="int8", **variant)
     dense = models.build(config.dense)
-    original = traverse_util.flatten_dict(tiny.params(dense), sep=".")
+    original: dict[str, Any] = traverse_util.flatten_dict(tiny.params(dense), sep=".")
     flat = rounded(original, config)
     params = traverse_util.unflatten_dict(flat, sep=".")
     return models.build(config), params, dense, dense_again(flat, config)
@@ -134,9 +134,9 @@ def test_the_rounded_model_says_nearly_the_same():
 def test_a_new_model_is_the_size_of_a_dense_one():
     config = tiny.config(quantization="int8")
     params = models.build(config).init(jax.random.key(0))
-    flat = traverse_util.flatten_dict(params, sep=".")
+    flat: dict[str, Any] = traverse_util.flatten_dict(params, sep=".")
     assert flat.keys() == config.tensors().keys()
-    again = traverse_util.flatten_dict(dense_again(flat, config), sep=".")
+    again: dict[str, Any] = traverse_util.flatten_dict(dense_again(flat, config), sep=".")
     assert np.isclose(again["blocks.0.attn.qkv.kernel"].std(), 0.02, rtol=0.05)
     assert config.parameter_count == config.dense.parameter_count
 
@@ -156,9 +156,9 @@ def test_a_folder_keeps_it_and_opens_without_a_copy(tmp_path: Path):
     checkpoint.save(tmp_path / "model", model.config, params)
     folder = checkpoint.open(tmp_path / "model")
     assert folder.config == model.config
-    flat = traverse_util.flatten_dict(params, sep=".")
+    flat: dict[str, Any] = traverse_util.flatten_dict(params, sep=".")
     assert all(np.array_equal(x, flat[name]) for name, x in folder.tensors.items())
-    narrow = traverse_util.flatten_dict(folder.params(jnp.bfloat16), sep=".")
+    narrow: dict[str, Any] = traverse_util.flatten_dict(folder.params(jnp.bfloat16), sep=".")
     kinds = {name.rpartition(".")[2]: x.dtype.name for name, x in narrow.items()}
     assert (kinds["values"], kinds["scales"], kinds["bias"]) == ("int8", "float32", "bfloat16")
     aligned = [n for n, x in folder.tensors.items() if x.nbytes % checkpoint.ALIGNMENT == 0]

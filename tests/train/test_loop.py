@@ -280,6 +280,16 @@ def test_a_folder_that_does_not_fit_is_refused(
         run(config, init_from=folder, data_dir=str(tmp_path), dataset="ab")
 
 
+def test_kernels_in_int8_are_no_beginning(
+    finished: train.Result, config: TrainConfig, tmp_path: Path
+):
+    import convert
+
+    rounded = convert.convert(finished.model_dir, out=tmp_path / "int8", quantization="int8")
+    with pytest.raises(train.TrainError, match="its kernels are int8, which has no gradients"):
+        run(config, init_from=str(rounded))
+
+
 @pytest.fixture
 def swapped(config: TrainConfig, text: str, tmp_path: Path) -> dict[str, str]:
     """Another dataset whose vocabulary has the size of the first, but other characters in it."""

@@ -40,9 +40,9 @@ def convert(
     "owner/name"), which is looked for in `models/src` first and downloaded otherwise, at `revision` (a branch, tag or
     commit). `dtype` is "keep", or what every weight is cast to: "float32", "bfloat16", "float16". `experts` is that
     for the experts of a GPT-OSS alone, which are packed as "mxfp4" and which any other type unpacks. `quantization`
-    "int8" rounds the kernels of a GPT-2's blocks. `resume` goes on
-    with the same conversion where an earlier one was interrupted or killed. `on_note` is told whether there was one,
-    and what is odd about the source. `quiet=True` shows no progress, `None` shows it where stderr is a terminal.
+    "int8" rounds the kernels of a GPT-2's blocks. `resume` goes on with the same conversion where an earlier one was
+    interrupted or killed. `on_note` is told whether there was one, and what is odd about the source. `quiet=True`
+    shows no progress, `None` shows it where stderr is a terminal.
 
     Raises:
       ConvertError: nothing was written at `out`.
@@ -50,7 +50,7 @@ def convert(
     """
     from convert import destination, importer
 
-    types = {"dtype": dtype, "experts": experts, "quantization": quantization}
+    types: dict[str, Any] = {"dtype": dtype, "experts": experts, "quantization": quantization}
     destination.for_model(out, overwrite=overwrite)
     if isinstance(source_or_model, Path) or Path(source_or_model).exists():
         plan = importer.plan_source(source_or_model, **types, format=format, revision=revision)

@@ -213,7 +213,11 @@ def plan_model(
     """
     from convert import hub, openai
 
-    types = {"dtype": dtype, "experts": experts, "quantization": quantization}
+    types: dict[str, Any] = {
+        "dtype": dtype,
+        "experts": experts,
+        "quantization": quantization,
+    }
     if (local := hub.local_folder(name)) is not None:
         return plan_source(local, **types, revision=revision)
     if name in openai.MODELS:
@@ -245,7 +249,11 @@ def describe_model(
     from convert import hub, openai
 
     if (local := hub.local_folder(name)) is not None:
-        types = {"dtype": dtype, "experts": experts, "quantization": quantization}
+        types: dict[str, Any] = {
+            "dtype": dtype,
+            "experts": experts,
+            "quantization": quantization,
+        }
         return plan_source(local, **types, revision=revision).describe()
     if name in openai.MODELS:
         openai.check_revision(name, revision)
