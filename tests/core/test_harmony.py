@@ -140,7 +140,8 @@ def test_analysis_before_the_last_final_answer_is_left_out():
         user,
         call,
     ]
-    for kept in ([user, call], [user, call, final], [final]):
+    asked = call | {"content": "I call."}
+    for kept in ([user, call], [user, asked, user], [user, call, final], [final]):
         assert harmony.without_old_analysis(kept) == kept
 
 
