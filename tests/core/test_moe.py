@@ -150,6 +150,8 @@ def test_a_row_that_is_no_number_spoils_no_other_row():
     others = np.arange(40) != 11
     np.testing.assert_array_equal(found_RD[others], both(x_RD, logits_RE, experts)[0][others])
     assert np.isfinite(gradients[0][others]).all()
+    spared = [e for e in range(E) if e not in moe.route(logits_RE, C)[1][11]]
+    assert np.isfinite(np.asarray(gradients[2].gate_up_EDF2)[spared]).all()
     assert np.isnan(found_RD[11]).all()
 
 
