@@ -17,6 +17,7 @@ def measured(field, work) -> dict[str, driver.Row]:
     return {row.contestant: row for row in driver.measure(field, work, lambda who: None)}
 
 
+@pytest.mark.slow
 def test_our_worker_measures_every_kind_of_workload(field):
     alone = field(ours())
     for kind in KINDS:

@@ -47,6 +47,7 @@ def test_our_conversion_of_gpt_oss_is_measured(field, experts):
         assert "copies 0.0 GB where" in rows["cp + sha256sum"].reason
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_a_converter_that_became_slower_or_greedier_is_caught(field):
     slow = program(OURS, BURDENED, "time.sleep(1); hog = b'x' * 300_000_000")
@@ -120,6 +121,7 @@ def test_a_fork_that_fails_tells_why():
         jobs.fork(lambda: 1 // 0, before_s=0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_openings_are_measured_and_two_of_them_tell_what_they_share(field):
     # 32 MB, so that what two interpreters do meanwhile weighs little beside it.

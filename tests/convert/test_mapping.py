@@ -95,9 +95,11 @@ def test_a_head_of_its_own_is_untied(tmp_path: Path):
     weights = hf.tensors()
     head = weights["wte.weight"].copy()
     head[-1, -1] = np.nextafter(head[-1, -1], np.float32(9))
-    match = plan(tmp_path, weights | {"lm_head.weight": head}).match
-    assert not match.config.tie_word_embeddings
-    assert match.moves[-1].target == "lm_head.kernel"
+    planned = plan(tmp_path, weights | {"lm_head.weight": head})
+    assert not planned.match.config.tie_word_embeddings
+    assert planned.match.moves[-1].target == "lm_head.kernel"
+    assert "the file holds another head" in planned.source.notes[0]
+    assert plan(tmp_path, weights | {"lm_head.weight": weights["wte.weight"]}).source.notes == ()
 
 
 def test_a_head_declared_untied_is_kept_even_if_equal_and_missed_if_absent(tmp_path: Path):

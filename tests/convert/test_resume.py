@@ -120,6 +120,7 @@ def forks(source: Path, out: Path) -> Iterator[Forks]:
         server.stdin.close()
 
 
+@pytest.mark.slow
 def test_killed_at_20_random_moments_it_goes_on_to_the_same_bytes(
     tmp_path: Path, source: Path, clean: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ):

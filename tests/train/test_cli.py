@@ -212,6 +212,7 @@ def test_sigterm_saves_and_exits_with_143(config: TrainConfig):
         assert f"stopped at iteration {checkpoints.latest()}, saved" in error
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_saving_ends_with_the_same_parameters(
     config: TrainConfig, tmp_path: Path
 ):

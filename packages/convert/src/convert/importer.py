@@ -26,6 +26,9 @@ EXPERTS = ("keep", "mxfp4", *mapping.FLOATS)
 QUANTIZATIONS = ("keep", "int8")
 
 
+_UNTIED = "the config ties the head to the token embedding, but the file holds another head, which is kept: it is untied"
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """A conversion that will work: what is read, how every parameter is found, and what the manifest says of it.
@@ -192,6 +195,8 @@ def plan_source(
     except ConvertError as error:
         raise ConvertError(f"{path}: {error.summary}", error.problems) from error
     notes = (*source.notes, *tables.notes(source))
+    if config.tie_word_embeddings and not match.config.tie_word_embeddings:
+        notes = (*notes, _UNTIED)
     if quantization == "int8":
         notes = (*notes, _ROUNDED)
     source = dataclasses.replace(source, notes=notes)
