@@ -26,7 +26,7 @@ EXPERTS = ("keep", "mxfp4", *mapping.FLOATS)
 QUANTIZATIONS = ("keep", "int8")
 
 
-_UNTIED = "the config ties the head to the token embedding, but the file holds another head, which is kept: it is untied"
+_UNTIED = "the config ties the head to the token embedding, but the file holds another head, which is kept"
 
 
 @dataclasses.dataclass(frozen=True)
