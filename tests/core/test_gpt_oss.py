@@ -155,6 +155,20 @@ def test_the_engine_continues_it_greedily_and_alone_as_among_others(packed: bool
     assert logits_TV[8:-1].argmax(-1).tolist() == list(first.tokens)
 
 
+def test_packed_experts_continue_as_unpacked_ones_do():
+    config = tiny.packed_config()
+    flat = tiny.weights(config)
+    unpacked = tiny.params(tiny.unpacked(config, flat))
+    prompt, greedy = tokens(config, 9).tolist(), Sampling(temperature=0, max_new_tokens=40)
+    packed, dense = (
+        Engine(core.build(c), params, slots=1).complete([Request(prompt, greedy)])[0]
+        for c, params in ((config, tiny.params(flat)), (config.dense, unpacked))
+    )
+    assert isinstance(packed, Completion)
+    assert packed == dense
+    assert len(set(packed.tokens)) > 5
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_fresh_parameters_are_those_of_the_configuration(packed: bool):
     config = tiny.packed_config() if packed else tiny.config()
