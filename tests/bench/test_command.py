@@ -70,6 +70,7 @@ def test_the_gpu_suite_without_a_gpu_is_one_line_and_exit_1(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_without_torch_our_figures_stand_and_the_peers_are_reported_absent(tmp_path):
     done = bench(
         "--only=forward-3.4M-t10$", "--out=results", cwd=tmp_path, **{PEERS_PYTHON: "absent"}

@@ -27,6 +27,7 @@ def test_our_worker_measures_every_kind_of_workload(field):
         assert row.first_call_s > 0
 
 
+@pytest.mark.slow
 def test_a_slowed_build_of_our_worker_is_caught(field):
     honest = Contestant(name="before", kinds=KINDS, command=ours().command)
     rows = driver.measure(

@@ -290,6 +290,7 @@ print(peak - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path):
     config = {**hf.CONFIG, "n_embd": 256, "n_layer": 24, "n_inner": 1024, "vocab_size": 20_000}
     source = hf.write(tmp_path / "source", hf.tensors(config=config), config=config)

@@ -219,6 +219,7 @@ def test_attention_over_a_long_sequence_takes_bounded_memory(window: int | None)
     assert needed.temp_size_in_bytes < (1 << 29 if window is None else 1 << 26)
 
 
+@pytest.mark.slow
 def test_long_prompts_go_through_in_chunks_and_continue_as_uncached(monkeypatch):
     """A context of 50 is no multiple of the chunk of 16; alone and among others the same."""
     monkeypatch.setattr(decode, "PREFILL_TOKENS", 16)

@@ -82,7 +82,10 @@ def assert_close(found: Any, expected: Any, atol: float = 2e-5) -> None:
 
 
 @FORMS
-@pytest.mark.parametrize("rows", [1, 5, 40, 300])
+@pytest.mark.parametrize(
+    "rows",
+    [pytest.param(1, marks=pytest.mark.slow), 5, pytest.param(40, marks=pytest.mark.slow), 300],
+)
 def test_rows_and_all_gradients_are_those_of_every_expert_meeting_every_row(
     rows: int, ragged: bool
 ):
@@ -206,6 +209,7 @@ def test_load_balance_and_its_gradient_are_transformers():
         np.testing.assert_allclose(a, b.grad.numpy(), rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_a_loss_adds_the_balance_and_can_leave_it_out():
     config = tiny_gpt_oss.config(router_aux_loss_coef=0.3)
     model, params = core.build(config), tiny_gpt_oss.params(tiny_gpt_oss.weights(config))

@@ -26,7 +26,11 @@ def open_engine(folder):
     return core.Engine(*core.load(folder), slots=1)
 
 
-@pytest.mark.parametrize("make", [tiny.config, tiny_gpt_oss.config], ids=["gpt2", "gpt_oss"])
+@pytest.mark.parametrize(
+    "make",
+    [tiny.config, pytest.param(tiny_gpt_oss.config, marks=pytest.mark.slow)],
+    ids=["gpt2", "gpt_oss"],
+)
 def test_a_text_ends_at_any_token_that_the_generation_config_names(make, tmp_path):
     config = make(initializer_range=0.5, eos_token_id=None)
     ends = list(range(0, config.vocab_size, 3))

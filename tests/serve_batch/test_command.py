@@ -135,6 +135,7 @@ def test_a_failure_is_one_line_and_an_exit_code(
     assert told in line
 
 
+@pytest.mark.slow
 def test_a_job_that_was_killed_goes_on_and_loses_nothing(
     command, environment, model, write_jsonl, join_parts, tmp_path
 ):

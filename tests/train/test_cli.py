@@ -201,6 +201,7 @@ def test_prepare_refuses_in_one_line(arguments: list[str], code: int, part: str,
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_with_143(config: TrainConfig):
     process = start(dataclasses.replace(config, n_layer=1, max_iters=10**6, eval_interval=10**6))
     wait_for(lambda: lines(config) >= 5, process)
