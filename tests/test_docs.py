@@ -102,21 +102,20 @@ def test_python_blocks_run(page, checkout, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("page", "command"),
-    [
-        pytest.param(p, c, id=f"{p.name}: {c}")
-        for p in PAGES
-        for c in commands(p)
-        if not c.startswith(NOT_RUN)
-    ],
-)
-def test_commands_run(page, command, checkout):
-    command = re.sub(r"^python\b", shlex.quote(sys.executable), quickened(command))
-    result = run(command, checkout(page, "bash"))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_run(page, checkout):
+    """One after the other, as a reader would: later ones need what earlier ones made."""
+    for line in commands(page):
+        if not line.startswith(NOT_RUN):
+            check_command(line, checkout(page, "bash"))
+
+
+def check_command(line: str, folder: Path) -> None:
+    command = re.sub(r"^python\b", shlex.quote(sys.executable), quickened(line))
+    result = run(command, folder)
     expected = next((say for start, say in NEEDS_NETWORK.items() if start in command), None)
     if expected is None:
-        assert result.returncode == 0, result.stderr
+        assert result.returncode == 0, f"{line}: {result.stderr}"
     else:
         assert result.returncode == 1
         assert expected in result.stderr

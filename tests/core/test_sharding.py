@@ -92,6 +92,7 @@ def program(*arguments: Any) -> subprocess.Popen[str]:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(PROGRAM.parent),  # whose modules PYTHONSAFEPATH hides
         "JAX_COMPILATION_CACHE_DIR": os.environ.get(
             "FLAXMILL_JAX_CACHE", str(root / ".cache" / "jax")
         ),
