@@ -1,5 +1,6 @@
 """GPT-OSS against transformers' eager GptOssForCausalLM: logits, gradients, greedy tokens."""
 
+import functools
 from typing import Any
 
 import jax
@@ -181,7 +182,8 @@ def test_gradients_are_torch_s():
     logits = model(torch.tensor(ids[:, :-1])).logits.flatten(0, 1)
     torch.nn.functional.cross_entropy(logits, torch.tensor(ids[:, 1:]).flatten()).backward()
     batch = core.Batch(jnp.asarray(ids[:, :-1]), jnp.asarray(ids[:, 1:]))
-    found = jax.grad(core.loss)(tiny.params(flat), core.build(config), batch)
+    loss = functools.partial(core.loss, auxiliary=False)  # which transformers adds when asked
+    found = jax.grad(loss)(tiny.params(flat), core.build(config), batch)
     gradients = {name: x.grad.numpy() for name, x in model.named_parameters()}
     for ours, (name, word) in names(config).items():
         node: Any = found
