@@ -6,6 +6,8 @@ A source knows names, shapes and bytes. It never knows what a tensor means: that
 import dataclasses
 import importlib
 import json
+import mmap
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -137,6 +139,20 @@ def check_genuine(path: Path, start: bytes) -> None:
         )
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise ConvertError(f"{path}: a web page, not the file itself; download it again")
+
+
+def map_file(path: Path) -> mmap.mmap | bytes:
+    """Returns a file's bytes, mapped and not read; an empty file cannot be mapped and is b""."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+
+
+def reader(
+    buffer: mmap.mmap | bytes, dtype: np.dtype, shape: tuple[int, ...], offset: int
+) -> Callable[[], np.ndarray]:
+    """Returns the `read` of a tensor whose numbers lie in C order at a byte of `buffer`."""
+    return lambda: np.ndarray(shape, dtype, buffer=buffer, offset=offset)
 
 
 def companions(folder: Path) -> dict[str, Path | bytes]:

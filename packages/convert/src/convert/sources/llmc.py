@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.errors import ConvertError
-from convert.sources import Source, SourceTensor, companions
+from convert.sources import Source, SourceTensor, companions, map_file, reader
 
 EXPECTED = "an llm.c model .bin (version 3 or 5), or a log folder with model_STEP.bin and DONE_STEP"
 
@@ -53,7 +53,7 @@ def open(path: Path) -> Source:
     version, sizes = _read_header(file)
     dtype = DTYPES[version]
     _check_size(file, sizes, dtype)
-    buffer = _map(file)
+    buffer = map_file(file)
     notes += _padding(buffer, sizes, dtype)
     return Source(
         path=path,
@@ -173,13 +173,8 @@ def _check_size(path: Path, sizes: Mapping[str, int], dtype: np.dtype) -> None:
         )
 
 
-def _map(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
 def _tensors(
-    buffer: mmap.mmap, sizes: Mapping[str, int], dtype: np.dtype
+    buffer: mmap.mmap | bytes, sizes: Mapping[str, int], dtype: np.dtype
 ) -> Iterator[SourceTensor]:
     offset = _HEADER_BYTES
     for name, shape in _pieces(sizes).items():
@@ -187,15 +182,11 @@ def _tensors(
         kept = (sizes["vocab_size"], *shape[1:]) if name == "wte" else shape
         for layer in layers:
             full = name.replace("{L}", layer)
-            yield SourceTensor(full, dtype.name, kept, _reader(buffer, dtype, kept, offset))
+            yield SourceTensor(full, dtype.name, kept, reader(buffer, dtype, kept, offset))
             offset += math.prod(shape) * dtype.itemsize
 
 
-def _reader(buffer: mmap.mmap, dtype: np.dtype, shape: tuple[int, ...], offset: int):
-    return lambda: np.ndarray(shape, dtype, buffer=buffer, offset=offset)
-
-
-def _padding(buffer: mmap.mmap, sizes: Mapping[str, int], dtype: np.dtype) -> Iterator[str]:
+def _padding(buffer: mmap.mmap | bytes, sizes: Mapping[str, int], dtype: np.dtype) -> Iterator[str]:
     """Yields a note if there are rows beyond the vocabulary; llm.c never predicts them and leaves them at zero."""
     vocab, padded, width = (sizes[n] for n in ("vocab_size", "padded_vocab_size", "channels"))
     if vocab == padded:

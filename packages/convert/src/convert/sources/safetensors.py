@@ -7,7 +7,6 @@ touched.
 
 import json
 import math
-import mmap
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +23,9 @@ from convert.sources import (
     SourceTensor,
     check_genuine,
     companions,
+    map_file,
     read_json,
+    reader,
 )
 
 SINGLE = "model.safetensors"
@@ -123,9 +124,9 @@ def read_file(path: Path) -> dict[str, SourceTensor]:
         raise ConvertError(
             f"{path}: {state}found {size} bytes, expected {end} from its header; copy or download it again"
         )
-    buffer = _map(path)
+    buffer = map_file(path)
     return {
-        name: SourceTensor(name, dtype.name, shape, _reader(buffer, dtype, shape, start + begin))
+        name: SourceTensor(name, dtype.name, shape, reader(buffer, dtype, shape, start + begin))
         for name, dtype, shape, (begin, _) in entries
     }
 
@@ -247,12 +248,3 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) < len(pairs):
         raise ValueError("a key appears twice")
     return result
-
-
-def _map(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _reader(buffer: mmap.mmap, dtype: np.dtype, shape: tuple[int, ...], offset: int):
-    return lambda: np.ndarray(shape, dtype, buffer=buffer, offset=offset)

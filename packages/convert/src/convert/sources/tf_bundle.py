@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.errors import ConvertError
-from convert.sources import Source, SourceTensor, companions, read_json
+from convert.sources import Source, SourceTensor, companions, map_file, read_json
 
 HPARAMS = "hparams.json"
 EXPECTED = f"a TensorFlow checkpoint (checkpoint, model.ckpt.index and its data) beside {HPARAMS}"
@@ -143,7 +143,7 @@ def check_data(index: Path, data: Path) -> None:
 
 def _tensors(entries: Mapping[str, Entry], paths: Mapping[int, Path]) -> dict[str, SourceTensor]:
     _check_sizes(entries, paths)
-    buffers = {shard: _map(path) for shard, path in paths.items()}
+    buffers = {shard: map_file(path) for shard, path in paths.items()}
     return {
         name: SourceTensor(
             name,
@@ -387,12 +387,6 @@ def _check_sizes(entries: Mapping[str, Entry], paths: Mapping[int, Path]) -> Non
                 f"{path}: cut short: found {found} bytes, expected {expected} from its index; "
                 "copy or download it again"
             )
-
-
-def _map(path: Path) -> mmap.mmap | bytes:
-    with path.open("rb") as file:
-        size = path.stat().st_size
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
 
 
 def _reader(what: str, buffer: mmap.mmap | bytes, entry: Entry):
