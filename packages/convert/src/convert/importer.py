@@ -203,6 +203,46 @@ def plan_source(
     return Plan(source, match, dtype, origin or {"path": str(path)}, experts, quantization)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Remote:
+    """A model found by name, whose small files are here in `folder` and whose weights are not fetched yet."""
+
+    folder: Path
+    config: Config
+    source: str
+    origin: Mapping[str, Any]
+    sizes: Callable[[], Mapping[str, int | None]]
+    fetch: Callable[[], None]
+
+
+def _find(name: str, revision: str | None, quiet: bool | None) -> _Remote:
+    """Finds a model at OpenAI or on the hub, and reads its config."""
+    from convert import hub, openai
+
+    if name in openai.MODELS:
+        openai.check_revision(name, revision)
+        folder = openai.fetch_companions(name, quiet=quiet)
+        origin = openai.origin(name)
+        return _Remote(
+            folder,
+            tables.read_config(folder, sources.read_json(folder / openai.HPARAMS)),
+            origin["url"],
+            origin,
+            lambda: {openai.WEIGHTS: openai.weights_size(name)},
+            lambda: openai.fetch_weights(name, quiet=quiet),
+        )
+    snapshot = hub.resolve(name, revision)
+    folder = hub.fetch_companions(snapshot, quiet=quiet)
+    return _Remote(
+        folder,
+        tables.read_config(folder, sources.read_json(folder / sources.CONFIG)),
+        f"{snapshot.repo} at {snapshot.revision}",
+        snapshot.origin,
+        lambda: {file: snapshot.sizes[file] for file in hub.weight_names(snapshot)},
+        lambda: hub.fetch_weights(snapshot, quiet=quiet),
+    )
+
+
 def plan_model(
     name: str,
     *,
@@ -216,30 +256,16 @@ def plan_model(
 
     The config is read before the weights are fetched, so a model that cannot be converted costs no download.
     """
-    from convert import hub, openai
+    from convert import hub
 
-    types: dict[str, Any] = {
-        "dtype": dtype,
-        "experts": experts,
-        "quantization": quantization,
-    }
+    types: dict[str, Any] = {"dtype": dtype, "experts": experts, "quantization": quantization}
     if (local := hub.local_folder(name)) is not None:
         return plan_source(local, **types, revision=revision)
-    if name in openai.MODELS:
-        openai.check_revision(name, revision)
-        folder = openai.fetch_companions(name, quiet=quiet)
-        config = tables.read_config(folder, sources.read_json(folder / openai.HPARAMS))
-        _check_experts(folder, config, experts)
-        _check_quantization(folder, config, quantization)
-        openai.fetch_weights(name, quiet=quiet)
-        return plan_source(folder, **types, origin=openai.origin(name))
-    snapshot = hub.resolve(name, revision)
-    folder = hub.fetch_companions(snapshot, quiet=quiet)
-    config = tables.read_config(folder, sources.read_json(folder / sources.CONFIG))
-    _check_experts(folder, config, experts)
-    _check_quantization(folder, config, quantization)
-    hub.fetch_weights(snapshot, quiet=quiet)
-    return plan_source(folder, **types, revision=revision, origin=snapshot.origin)
+    remote = _find(name, revision, quiet)
+    _check_experts(remote.folder, remote.config, experts)
+    _check_quantization(remote.folder, remote.config, quantization)
+    remote.fetch()
+    return plan_source(remote.folder, **types, origin=remote.origin)
 
 
 def describe_model(
@@ -251,33 +277,19 @@ def describe_model(
     revision: str | None = None,
 ) -> str:
     """Returns what `plan_model` would do, without fetching weights."""
-    from convert import hub, openai
+    from convert import hub
 
     if (local := hub.local_folder(name)) is not None:
-        types: dict[str, Any] = {
-            "dtype": dtype,
-            "experts": experts,
-            "quantization": quantization,
-        }
+        types: dict[str, Any] = {"dtype": dtype, "experts": experts, "quantization": quantization}
         return plan_source(local, **types, revision=revision).describe()
-    if name in openai.MODELS:
-        openai.check_revision(name, revision)
-        folder = openai.fetch_companions(name, quiet=True)
-        config = tables.read_config(folder, sources.read_json(folder / openai.HPARAMS))
-        source = openai.origin(name)["url"]
-        sizes = {openai.WEIGHTS: openai.weights_size(name)}
-    else:
-        snapshot = hub.resolve(name, revision)
-        folder = hub.fetch_companions(snapshot, quiet=True)
-        config = tables.read_config(folder, sources.read_json(folder / sources.CONFIG))
-        source = f"{snapshot.repo} at {snapshot.revision}"
-        sizes = {file: snapshot.sizes[file] for file in hub.weight_names(snapshot)}
-    _check_experts(folder, config, experts)
-    _check_quantization(folder, config, quantization)
+    remote = _find(name, revision, quiet=True)
+    sizes = remote.sizes()
+    _check_experts(remote.folder, remote.config, experts)
+    _check_quantization(remote.folder, remote.config, quantization)
     return _lines(
-        source=source,
+        source=remote.source,
         fetches=", ".join(f"{file} ({size:,} bytes)" for file, size in sizes.items()),
-        model=_summary(config),
+        model=_summary(remote.config),
         writes=f"every tensor as {'it is stored' if dtype == 'keep' else dtype}"
         + (f", the experts as {experts}" if experts != "keep" else "")
         + (f", the blocks' kernels as {quantization}" if quantization != "keep" else ""),
