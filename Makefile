@@ -101,6 +101,7 @@ PEERS_HAVE := jinja2 markupsafe numpy typing-extensions
 	$(UV) venv -q --allow-existing --python "$$(command -v $(PYTHON))" $(@D)
 	$(UV) pip sync -q --python $(@D) --require-hashes $(PINS)
 	$(UV) pip install -q --python $(@D) --no-deps $(PACKAGES:%=-e packages/%)
+	-@$(@D)/bin/python -m core.native
 	@touch $@
 
 # There are no wheels of llama.cpp: it is compiled, in three minutes on two cores, and lies in a folder of its own, where

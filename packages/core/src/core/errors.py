@@ -5,7 +5,8 @@
     ├── TokenizerError    text that cannot be encoded, ids that cannot be decoded, unreadable tokenizer files
     ├── CheckpointError   a model folder that is missing, incomplete, damaged or in the way
     ├── SamplingError     sampling parameters that cannot be
-    └── RequestError      a prompt that cannot be served; has a stable `code`
+    ├── RequestError      a prompt that cannot be served; has a stable `code`
+    └── NativeError       native kernels that are required and cannot be had, or are used for what they cannot do
 
 The other packages add their own kinds. A command line turns every FlaxmillError into one line and exit code 1.
 """
@@ -37,3 +38,7 @@ class RequestError(FlaxmillError, ValueError):
     def __init__(self, code: str, message: str):
         super().__init__(message)
         self.code = code
+
+
+class NativeError(FlaxmillError):
+    """Native kernels that are required and cannot be had, or that are used for what they cannot do."""
