@@ -1,5 +1,7 @@
 import hashlib
 import http.server
+import json
+import sys
 import threading
 from pathlib import Path
 
@@ -7,19 +9,20 @@ import numpy as np
 import pytest
 
 from core.tokenizer import Tokenizer
-from train import prepare as prepare_lib
+from train import sources
 from train.data import DataError, open_dataset
-from train.prepare import Source, fetch, open_tokenizer, prepare, read_texts, split
+from train.prepare import open_tokenizer, prepare, split
+from train.sources import Files, HubDataset, Source, fetch
 
 
 def test_shakespeare_has_nanogpts_counts(testdata: Path, tmp_path: Path):
-    texts = read_texts(str(testdata / "tinyshakespeare.txt"))
+    texts = Files(str(testdata / "tinyshakespeare.txt"))
     meta = prepare(texts, tmp_path / "s", tokenizer=open_tokenizer("char", texts))
     assert (meta.train_tokens, meta.val_tokens, meta.vocab_size) == (1_003_854, 111_540, 65)
 
 
 def test_shakespeare_in_gpt2_tokens_has_nanogpts_counts(testdata: Path, tmp_path: Path):
-    texts = read_texts(str(testdata / "tinyshakespeare.txt"))
+    texts = Files(str(testdata / "tinyshakespeare.txt"))
     tokenizer = Tokenizer.from_bpe_files(
         testdata / "gpt2_encoder.json", testdata / "gpt2_vocab.bpe"
     )
@@ -31,7 +34,9 @@ def test_both_splits_decode_to_the_text(text: str, tmp_path: Path):
     prepare([text], tmp_path / "d", tokenizer=Tokenizer.utf8(), val_fraction=0.25)
     dataset = open_dataset(tmp_path / "d", block_size=8)
     assert dataset.tokenizer is not None
-    parts = [dataset.tokenizer.decode(dataset.tokens[name].tolist()) for name in ("train", "val")]
+    parts = [
+        dataset.tokenizer.decode(dataset.tokens[name][:].tolist()) for name in ("train", "val")
+    ]
     assert "".join(parts) == text
     assert len(parts[0]) == int(0.75 * len(text))
 
@@ -52,7 +57,7 @@ def test_large_vocabularies_are_written_in_four_bytes(tmp_path: Path):
     characters = "".join(chr(c) for c in range(0x20, 0x20 + 70_000) if not 0xD800 <= c < 0xE000)
     meta = prepare([characters], tmp_path / "d", tokenizer=Tokenizer.characters(characters))
     assert meta.dtype == "uint32"
-    assert open_dataset(tmp_path / "d", block_size=8).tokens["val"][-1] == len(characters) - 1
+    assert open_dataset(tmp_path / "d", block_size=8).tokens["val"][:][-1] == len(characters) - 1
 
 
 def test_an_existing_folder_is_kept_unless_overwritten(text: str, tmp_path: Path):
@@ -62,7 +67,7 @@ def test_an_existing_folder_is_kept_unless_overwritten(text: str, tmp_path: Path
         prepare([text], out, tokenizer=tokenizer)
     meta = prepare([text[:500]], out, tokenizer=tokenizer, overwrite=True)
     assert meta.train_tokens == 450
-    assert open_dataset(out, block_size=8).tokens["train"].shape == (450,)
+    assert len(open_dataset(out, block_size=8).tokens["train"]) == 450
 
 
 def test_files_of_others_are_never_removed(text: str, tmp_path: Path):
@@ -85,12 +90,12 @@ def test_too_little_text_is_refused(tmp_path: Path):
 def test_files_are_read_in_order_and_byte_for_byte(tmp_path: Path):
     (tmp_path / "b.txt").write_bytes(b"2\r\n")
     (tmp_path / "a.txt").write_bytes("ä".encode())
-    assert read_texts(str(tmp_path / "*.txt")) == ["ä", "2\r\n"]
+    assert list(Files(str(tmp_path / "*.txt"))) == ["ä", "2\r\n"]
     with pytest.raises(DataError, match="no such file"):
-        read_texts(str(tmp_path / "*.md"))
+        list(Files(str(tmp_path / "*.md")))
     (tmp_path / "c.txt").write_bytes(b"abc\xff")
     with pytest.raises(DataError, match=r"c\.txt: not UTF-8 at byte 3"):
-        read_texts(str(tmp_path / "*.txt"))
+        list(Files(str(tmp_path / "*.txt")))
 
 
 def test_gpt2s_tokenizer_is_told_how_to_get(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -147,4 +152,75 @@ def test_a_connection_that_is_cut_is_one_clear_error(server: str, tmp_path: Path
 
 def test_the_known_digest_is_tinyshakespeares(testdata: Path):
     digest = hashlib.sha256((testdata / "tinyshakespeare.txt").read_bytes()).hexdigest()
-    assert prepare_lib.DATASETS["shakespeare_char"].sha256 == digest
+    assert sources.DATASETS["shakespeare_char"].sha256 == digest
+
+
+def test_rows_of_json_and_parquet_are_texts(tmp_path: Path):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = ["ab\ncd", "ü", "", "xyz"]
+    lines = [json.dumps({"text": row, "id": 7}) for row in rows]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n\n")
+    parquet.write_table(pa.table({"body": rows, "id": [1, 2, 3, 4]}), tmp_path / "a.parquet")
+    assert list(Files(str(tmp_path / "*.jsonl"))) == rows
+    assert list(Files(str(tmp_path / "*.parquet"), field="body")) == rows
+    files = Files(str(tmp_path / "*.jsonl"))
+    prepare(files, tmp_path / "d", tokenizer=Tokenizer.utf8(), val_fraction=0.25)
+    dataset = open_dataset(tmp_path / "d", block_size=1)
+    assert dataset.tokenizer is not None
+    train = dataset.tokenizer.decode(dataset.tokens["train"][:].tolist())
+    assert train == "ab\ncd<|endoftext|>ü"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n{"text": 7}\n', r"c\.jsonl, line 2: 'text' is int, expected a string"),
+        (b'{"text": "a"}\n{"body": "b"}\n', r"line 2: no field 'text' but body; choose one with"),
+        (b"[1]\n", r"line 1: no field 'text' but list"),
+        (b'{"text": "a"\n', "line 1: not JSON"),
+        (b'{"text": "\xff"}\n', "line 1: not JSON"),
+        (b"[" * 100_000, "line 1: not JSON"),
+    ],
+)
+def test_rows_that_are_no_text_are_named(tmp_path: Path, content: bytes, message: str):
+    (tmp_path / "c.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(Files(str(tmp_path / "c.jsonl")))
+
+
+def test_parquet_that_is_none_is_refused(tmp_path: Path):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pa.table({"text": [1, 2]}), tmp_path / "c.parquet")
+    with pytest.raises(DataError, match=r"c\.parquet, row 0: 'text' is int, expected a string"):
+        list(Files(str(tmp_path / "c.parquet")))
+    with pytest.raises(DataError, match=r"c\.parquet: no column 'body' but text; choose"):
+        list(Files(str(tmp_path / "c.parquet"), field="body"))
+    whole = (tmp_path / "c.parquet").read_bytes()
+    for damaged in (
+        b"",
+        whole[:40],
+        b"PAR1" + bytes(40) + b"PAR1",
+        whole[:-9] + b"\xff\xff\xff\x7fPAR1",
+    ):
+        (tmp_path / "c.parquet").write_bytes(damaged)
+        with pytest.raises(DataError, match="not a Parquet file that can be read"):
+            list(Files(str(tmp_path / "c.parquet")))
+
+
+def test_an_extra_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        DataError, match=r"needs datasets, .* pip install 'flaxmill-train\[datasets\]'"
+    ):
+        list(HubDataset("openwebtext"))
+
+
+def test_a_generator_is_prepared_as_a_list_is(text: str, tmp_path: Path):
+    for name, texts in {"list": [text, "more"], "generator": iter([text, "more"])}.items():
+        prepare(texts, tmp_path / name, tokenizer=Tokenizer.utf8())
+    for file in ("train.bin", "val.bin", "meta.json"):
+        assert (tmp_path / "list" / file).read_bytes() == (
+            tmp_path / "generator" / file
+        ).read_bytes()

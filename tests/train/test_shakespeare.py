@@ -9,7 +9,8 @@ import pytest
 import core
 import train
 from train.config import TrainConfig
-from train.prepare import open_tokenizer, prepare, read_texts
+from train.prepare import open_tokenizer, prepare
+from train.sources import Files
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -40,7 +41,7 @@ def test_gpt2_takes_nanogpts_half_a_million_tokens_an_update():
 def test_three_hundred_iterations_of_shakespeare_reach_a_loss_of_2_5(
     testdata: Path, tmp_path: Path
 ):
-    texts = read_texts(str(testdata / "tinyshakespeare.txt"))
+    texts = Files(str(testdata / "tinyshakespeare.txt"))
     prepare(texts, tmp_path / "shakespeare_char", tokenizer=open_tokenizer("char", texts))
     config = dataclasses.replace(
         read_config("shakespeare_char"),

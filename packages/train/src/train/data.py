@@ -1,59 +1,31 @@
-"""Token files on disk and the batches drawn from them.
+"""A data folder, and the batches drawn from it.
 
-A data folder holds `train.bin` and `val.bin` (token ids one after the other, no header: nanoGPT's format), `meta.json`,
-and the tokenizer that wrote them. Batches are a pure function of (seed, stream, step): nothing is remembered between
-draws, so a resumed run seeks in O(1) and an evaluation cannot shift the training data.
+A data folder holds the ids of the splits "train" and "val" (`train.token_files`), what they mean (`train.meta`) and the
+tokenizer that wrote them. Batches are a pure function of (seed, stream, step): nothing is remembered between draws, so
+a resumed run seeks in O(1) and an evaluation cannot shift the training data.
 """
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
 
 import numpy as np
 
-from core.errors import FlaxmillError
 from core.tokenizer import Tokenizer
+from train import token_files
+from train.meta import PICKLED_META_FILE, Meta, read_meta, read_pickled_characters
+from train.meta import DataError as DataError
+from train.sources import DATASETS
+from train.token_files import GPT2_VOCAB_SIZE as GPT2_VOCAB_SIZE
+from train.token_files import Tokens
 
-GPT2_VOCAB_SIZE = 50257
-META_FILE = "meta.json"
-TOKEN_FILES = {"train": "train.bin", "val": "val.bin"}
+SPLITS = ("train", "val")
 
-# Which file a stream reads, and the number that keeps its draws apart from the others'.
+# Which split a stream reads, and the number that keeps its draws apart from the others'.
 STREAMS = {"train": ("train", 0), "eval_train": ("train", 1), "eval_val": ("val", 2)}
 
-# Opening checks this many ids of a file at once; beyond it, each batch is checked as it is drawn.
+# Opening checks this many ids of a split at once; beyond it, each batch is checked as it is drawn.
 SCANNED_TOKENS = 2**25
-
-
-class DataError(FlaxmillError):
-    """A data folder that is missing, incomplete or corrupt; says which command makes a good one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Meta:
-    """What meta.json says about the token files beside it."""
-
-    vocab_size: int
-    dtype: str
-    train_tokens: int
-    val_tokens: int
-    source: str = ""
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, path: Path) -> Self:
-        try:
-            meta = cls(**values)
-        except TypeError as error:
-            raise DataError(f"{path}: not a data folder's meta.json ({error})") from error
-        if meta.dtype not in ("uint16", "uint32"):
-            raise DataError(f"{path}: dtype {meta.dtype!r}, expected uint16 or uint32")
-        return meta
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -62,90 +34,140 @@ class Dataset:
 
     path: Path
     vocab_size: int
-    tokens: Mapping[str, np.ndarray]
+    tokens: Mapping[str, Tokens]
     tokenizer: Tokenizer | None
 
-    def batch(self, stream: str, *, seed: int, step: int, rows: int, length: int) -> np.ndarray:
+    def batch(
+        self, stream: str, *, seed: int, step: int, rows: int, length: int, order: str = "random"
+    ) -> np.ndarray:
         """Returns `rows` windows of `length` ids, int32: the batch number `step` of `stream`.
 
-        Row r depends on (seed, stream, step, r) alone, whatever `rows` is.
+        In `order` "random", windows start anywhere, with replacement, as in nanoGPT, and row r depends on (seed,
+        stream, step, r) alone, whatever `rows` is. In "epoch", the windows that tile the split come once in each
+        epoch, in an order of that epoch; row r of the step is number step * rows + r.
         """
         split, number = STREAMS[stream]
         tokens = self.tokens[split]
-        draws = np.random.Generator(np.random.Philox(key=[seed, number], counter=[0, 0, 0, step]))
-        # One 64-bit draw a row: scaling a double, unlike integers(), never rejects and redraws.
-        starts = (draws.random(rows) * (len(tokens) - length + 1)).astype(np.int64)
-        batch_BS = tokens[starts[:, None] + np.arange(length)].astype(np.int32)
-        _check_ids(batch_BS, self.vocab_size, self.path / TOKEN_FILES[split])
-        return batch_BS
+        if order == "random":
+            draws = np.random.Generator(
+                np.random.Philox(key=[seed, number], counter=[0, 0, 0, step])
+            )
+            # One 64-bit draw a row: scaling a double, unlike integers(), never rejects and redraws.
+            starts = (draws.random(rows) * (len(tokens) - length + 1)).astype(np.int64)
+        else:
+            n = windows(len(tokens), length)
+            epochs, places = np.divmod(np.int64(step) * rows + np.arange(rows), n)
+            starts = shuffled(places, epochs, n, key=(seed, number)) * (length - 1)
+        return self.read(split, starts, length)
+
+    def read(self, split: str, starts: np.ndarray, length: int) -> np.ndarray:
+        """Returns the windows of `length` ids that begin at `starts`, int32, after checking the ids."""
+        batch_BS = self.tokens[split].take(starts[:, None] + np.arange(length))
+        token_files.check_ids(batch_BS, self.vocab_size, self.path / f"{split}.bin")
+        return batch_BS.astype(np.int32)
+
+
+def windows(count: int, length: int) -> int:
+    """How many windows of `length` ids tile `count` ids; each begins with the last id of the one before.
+
+    >>> windows(10, 4)
+    3
+    """
+    return (count - 1) // (length - 1)
+
+
+def shuffled(places: np.ndarray, epochs: np.ndarray, n: int, *, key: tuple[int, int]) -> np.ndarray:
+    """Returns where the permutation of range(`n`) that belongs to (`key`, epoch) sends each place.
+
+    A Feistel network on the next even power of two; a value beyond `n` is sent on until it is within (cycle walking),
+    which takes less than four rounds on average. Nothing of size `n` is made.
+
+    >>> sorted(shuffled(np.arange(5), np.zeros(5, int), 5, key=(1, 2)).tolist())
+    [0, 1, 2, 3, 4]
+    """
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    seeds = np.uint64(key[0]) ^ _mixed(np.uint64(key[1]) ^ _mixed(epochs.astype(np.uint64)))
+
+    def permuted(x: np.ndarray, seed: np.ndarray) -> np.ndarray:
+        left, right = x >> np.uint64(half), x & mask
+        for turn in range(6):
+            left, right = (
+                right,
+                left ^ (_mixed(seed ^ _mixed(right + np.uint64(turn << 48))) & mask),
+            )
+        return (left << np.uint64(half)) | right
+
+    found = permuted(places.astype(np.uint64), seeds)
+    while (outside := found >= n).any():
+        found[outside] = permuted(found[outside], seeds[outside])
+    return found.astype(np.int64)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """Returns the finaliser of splitmix64 (Steele et al. 2014), which leaves no bit of `x` where it was."""
+    x = np.atleast_1d(x) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def open_dataset(path: str | Path, *, block_size: int) -> Dataset:
     """Opens a data folder and refuses one that could not be trained on.
 
-    A folder without meta.json is taken for what nanoGPT's openwebtext/prepare.py writes: uint16 ids of GPT-2's BPE.
+    What the ids are is said by meta.json, else by nanoGPT's meta.pkl, else by a tokenizer in the folder, else by the
+    files' header (llm.c's); else they are what nanoGPT's openwebtext/prepare.py writes: uint16 ids of GPT-2's BPE.
     """
     path = Path(path)
-    for name in TOKEN_FILES.values():
-        if not (path / name).is_file():
-            missing = f"no {name} in it" if path.is_dir() else "no such folder"
+    remedy = f"write it again with: {prepare_command(path)}"
+    files = {split: token_files.find(path, split) for split in SPLITS}
+    for split, found in files.items():
+        if not found:
+            missing = f"no {split}.bin in it" if path.is_dir() else "no such folder"
             raise DataError(f"{path}: {missing}; make it with: {prepare_command(path)}")
-    meta = _read_meta(path)
-    vocab_size = meta.vocab_size if meta else GPT2_VOCAB_SIZE
-    tokens = {split: _map_tokens(path / file, meta) for split, file in TOKEN_FILES.items()}
-    for split, file in TOKEN_FILES.items():
-        count = len(tokens[split])
-        if meta and count != (expected := getattr(meta, f"{split}_tokens")):
-            raise DataError(
-                f"{path / file}: holds {count:,} tokens, meta.json says {expected:,}; "
-                f"write it again with: {prepare_command(path)}"
-            )
-        if count < block_size + 1:
-            raise DataError(
-                f"{path / file}: {count:,} tokens, but block_size={block_size} needs at least "
-                f"{block_size + 1:,}; lower block_size or prepare more text"
-            )
-        _check_ids(tokens[split][:SCANNED_TOKENS], vocab_size, path / file)
-    return Dataset(path, vocab_size, tokens, Tokenizer.find(path))
+    meta, tokenizer = read_meta(path), Tokenizer.find(path)
+    if meta is None and (path / PICKLED_META_FILE).is_file():
+        tokenizer = read_pickled_characters(path / PICKLED_META_FILE)
+    is_wide = tokenizer is not None and tokenizer.vocab_size > 2**16
+    kind = meta.dtype if meta else "uint32" if is_wide else "uint16"
+    tokens = {
+        split: token_files.open_tokens(found, kind, may_have_header=meta is None, remedy=remedy)
+        for split, found in files.items()
+    }
+    vocab_size = _vocab_size(meta, tokenizer, tokens["train"])
+    for split in SPLITS:
+        _check_split(path, split, tokens[split], meta, vocab_size, block_size)
+    return Dataset(path, vocab_size, tokens, tokenizer)
 
 
 def prepare_command(path: Path) -> str:
     """The command that makes the data folder `path`."""
-    from train.prepare import DATASETS
-
     text = "" if path.name in DATASETS else " --text='GLOB'"
     return f"python -m train.prepare --dataset={path.name}{text} --out={path}"
 
 
-def _read_meta(path: Path) -> Meta | None:
-    file = path / META_FILE
-    if file.is_file():
-        try:
-            values = json.loads(file.read_bytes())
-        except ValueError as error:
-            raise DataError(f"{file}: not JSON ({error})") from error
-        return Meta.from_dict(values, path=file)
-    if (path / "meta.pkl").exists():
+def _vocab_size(meta: Meta | None, tokenizer: Tokenizer | None, tokens: Tokens) -> int:
+    if meta is not None:
+        return meta.vocab_size
+    if tokenizer is not None:
+        return tokenizer.vocab_size
+    return tokens.vocab_size or GPT2_VOCAB_SIZE
+
+
+def _check_split(
+    path: Path, split: str, tokens: Tokens, meta: Meta | None, vocab_size: int, block_size: int
+) -> None:
+    count = len(tokens)
+    where = tokens.files[0] if len(tokens.files) == 1 else path / f"*{split}*.bin"
+    if meta and count != (expected := getattr(meta, f"{split}_tokens")):
         raise DataError(
-            f"{path}: has nanoGPT's meta.pkl but no meta.json, and unpickling runs code; "
-            f"prepare the text again with: {prepare_command(path)}"
+            f"{where}: holds {count:,} tokens, meta.json says {expected:,}; "
+            f"write it again with: {prepare_command(path)}"
         )
-    return None
-
-
-def _map_tokens(file: Path, meta: Meta | None) -> np.ndarray:
-    dtype = np.dtype(meta.dtype if meta else "uint16")
-    size = file.stat().st_size
-    if size == 0 or size % dtype.itemsize:
+    if count < block_size + 1:
         raise DataError(
-            f"{file}: {size:,} bytes are not a whole number of {dtype} tokens; the file is truncated"
+            f"{where}: {count:,} tokens, but block_size={block_size} needs at least "
+            f"{block_size + 1:,}; lower block_size or prepare more text"
         )
-    return np.memmap(file, dtype=dtype, mode="r")
-
-
-def _check_ids(tokens: np.ndarray, vocab_size: int, file: Path) -> None:
-    if (highest := int(tokens.max())) >= vocab_size:
-        raise DataError(
-            f"{file}: token id {highest} is outside the vocabulary of {vocab_size}; "
-            f"the file is corrupt, or its meta.json belongs to another"
-        )
+    for file, ids in tokens.beginnings(SCANNED_TOKENS):
+        token_files.check_ids(ids, vocab_size, file)

@@ -1,18 +1,15 @@
 """Text to a data folder: `python -m train.prepare`, or `prepare(texts, out, tokenizer=...)`.
 
 The last part of the text, by characters, is the validation split; texts that follow one another within a split are
-separated by the tokenizer's end-of-text id, if it has one.
+separated by the tokenizer's end-of-text id, if it has one. Texts are gone through one at a time, once to count them and
+once to write them.
 """
 
-import glob
-import hashlib
-import http.client
+import contextlib
 import itertools
 import json
 import sys
-import urllib.request
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,26 +18,10 @@ from tqdm import tqdm
 
 from core import door, folders
 from core.tokenizer import TOKENIZER_FILES, Tokenizer
-from train.data import META_FILE, TOKEN_FILES, DataError, Meta
+from train.meta import META_FILE, DataError, Meta
+from train.sources import DATASETS, Files, HubDataset, fetch
 
-
-@dataclass(frozen=True)
-class Source:
-    """A text that can be fetched by name."""
-
-    url: str
-    sha256: str
-    tokenizer: str
-
-
-_SHAKESPEARE_URL = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-)
-_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-DATASETS = {
-    "shakespeare_char": Source(_SHAKESPEARE_URL, _SHAKESPEARE_SHA256, tokenizer="char"),
-    "shakespeare": Source(_SHAKESPEARE_URL, _SHAKESPEARE_SHA256, tokenizer="gpt2"),
-}
+TOKEN_FILES = {"train": "train.bin", "val": "val.bin"}
 
 
 def prepare(
@@ -54,37 +35,71 @@ def prepare(
 ) -> Meta:
     """Writes the data folder `out` and returns what its meta.json says.
 
+    `texts` is gone through twice; what can be gone through only once, a generator, is held in memory.
+
     Raises DataError when there is too little text, or when `out` exists and may not be replaced.
     """
     out = Path(out)
     _check_replaceable(out, overwrite=overwrite)
-    train, val = split(list(texts), val_fraction)
+    if iter(texts) is texts:
+        texts = list(texts)
+    total = sum(map(len, texts))
     with folders.fresh(out) as partial:
-        return _write(partial, {"train": train, "val": val}, tokenizer, source)
+        parts = divided(texts, _cut(total, val_fraction))
+        return _write(partial, parts, tokenizer, source, total)
 
 
-def split(texts: Sequence[str], val_fraction: float) -> tuple[list[str], list[str]]:
+def split(texts: Iterable[str], val_fraction: float) -> tuple[list[str], list[str]]:
     """Cuts the last `val_fraction` of the characters off; the text that the cut falls into is cut in two.
 
     >>> split(["abcdef", "ghij"], 0.5)
     (['abcde'], ['f', 'ghij'])
     """
+    texts = list(texts)
+    parts = list(divided(texts, _cut(sum(map(len, texts)), val_fraction)))
+    train, val = ([text for name, text in parts if name == wanted] for wanted in TOKEN_FILES)
+    return train, val
+
+
+def divided(texts: Iterable[str], cut: int) -> Iterator[tuple[str, str]]:
+    """Yields each text with its split: "train" up to character number `cut` of all, "val" from there on.
+
+    >>> list(divided(["abcdef", "", "ghij"], 5))
+    [('train', 'abcde'), ('val', 'f'), ('val', 'ghij')]
+    """
+    start = 0
+    for text in texts:
+        parts = ("train", text[: max(0, cut - start)]), ("val", text[max(0, cut - start) :])
+        yield from ((name, part) for name, part in parts if part)
+        start += len(text)
+
+
+def _cut(total: int, val_fraction: float) -> int:
     if not 0 < val_fraction < 1:
         raise DataError(f"val_fraction={val_fraction} must lie between 0 and 1")
-    cut = int(sum(map(len, texts)) * (1 - val_fraction))
-    ends = list(itertools.accumulate(map(len, texts), initial=0))
-    train = [text[: cut - start] for text, start in zip(texts, ends, strict=False) if start < cut]
-    val = [text[max(0, cut - start) :] for text, start in zip(texts, ends, strict=False)]
-    return list(filter(None, train)), list(filter(None, val))
+    return int(total * (1 - val_fraction))
 
 
-def _write(folder: Path, splits: dict[str, list[str]], tokenizer: Tokenizer, source: str) -> Meta:
+def _write(
+    folder: Path,
+    parts: Iterator[tuple[str, str]],
+    tokenizer: Tokenizer,
+    source: str,
+    total: int,
+) -> Meta:
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
-    counts = {}
-    for name, texts in splits.items():
-        counts[name] = _write_tokens(folder / TOKEN_FILES[name], texts, tokenizer, dtype)
-        if not counts[name]:
-            raise DataError(f"the {name} split is empty: the text is too short to be divided")
+    between = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    counts = dict.fromkeys(TOKEN_FILES, 0)
+    with contextlib.ExitStack() as stack:
+        files = {s: stack.enter_context((folder / f).open("wb")) for s, f in TOKEN_FILES.items()}
+        bar = stack.enter_context(tqdm(total=total, unit="char", unit_scale=True, disable=None))
+        for name, text in parts:
+            ids = (between if counts[name] else []) + tokenizer.encode(text)
+            np.array(ids, dtype).tofile(files[name])
+            counts[name] += len(ids)
+            bar.update(len(text))
+    if empty := [name for name, count in counts.items() if not count]:
+        raise DataError(f"the {empty[0]} split is empty: the text is too short to be divided")
     meta = Meta(
         vocab_size=tokenizer.vocab_size,
         dtype=dtype.name,
@@ -95,23 +110,6 @@ def _write(folder: Path, splits: dict[str, list[str]], tokenizer: Tokenizer, sou
     tokenizer.save(folder)
     (folder / META_FILE).write_text(json.dumps(meta.to_dict(), indent=2) + "\n")
     return meta
-
-
-def _write_tokens(path: Path, texts: list[str], tokenizer: Tokenizer, dtype: np.dtype) -> int:
-    count = 0
-    with path.open("wb") as file:
-        for ids in tqdm(
-            _encode(texts, tokenizer), path.name, len(texts), unit="text", disable=None
-        ):
-            np.array(ids, dtype).tofile(file)
-            count += len(ids)
-    return count
-
-
-def _encode(texts: list[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    between = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    for i, text in enumerate(texts):
-        yield (between if i else []) + tokenizer.encode(text)
 
 
 def _check_replaceable(out: Path, *, overwrite: bool) -> None:
@@ -130,41 +128,10 @@ def _check_replaceable(out: Path, *, overwrite: bool) -> None:
         raise DataError(f"{out}: exists already; pass --overwrite to write it again")
 
 
-def read_texts(pattern: str) -> list[str]:
-    """Returns the files that match `pattern`, in the order of their names."""
-    paths = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())  # noqa: PTH207 - absolute patterns too
-    if not paths:
-        raise DataError(f"--text={pattern}: no such file")
-    return [_read(Path(path)) for path in paths]
-
-
-def _read(path: Path) -> str:
-    try:
-        # Bytes first: read_text would turn \r\n into \n, and the corpus is what it is.
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start:,}") from error
-
-
-def fetch(source: Source) -> str:
-    """Downloads a named text and checks that it is the one that was meant."""
-    try:
-        with urllib.request.urlopen(source.url, timeout=30) as response:
-            content = response.read()
-    except (OSError, http.client.HTTPException) as error:  # a cut connection is no OSError
-        reason = getattr(error, "reason", error)
-        raise DataError(
-            f"cannot fetch {source.url} ({reason}); download it elsewhere and pass it with --text=FILE"
-        ) from error
-    if (found := hashlib.sha256(content).hexdigest()) != source.sha256:
-        raise DataError(f"{source.url}: sha256 {found}, expected {source.sha256}")
-    return content.decode("utf-8")
-
-
-def open_tokenizer(name: str, texts: Sequence[str]) -> Tokenizer:
+def open_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer that `--tokenizer` names: char, gpt2, or the one in a folder."""
     if name == "char":
-        return Tokenizer.characters("".join(texts))
+        return Tokenizer.characters("".join(set(itertools.chain.from_iterable(texts))))
     if name == "gpt2" and not Path(name).is_dir():
         folder = Path("models/gpt2")
         if not folder.is_dir():
@@ -180,7 +147,14 @@ def _define_flags() -> None:
     """Not at import: `prepare` is also for programs with flags of their own."""
     fetched = " and ".join(DATASETS)
     flags.DEFINE_string("dataset", None, f"A name for the data; {fetched} can be fetched by it.")
-    flags.DEFINE_string("text", None, "Text files to prepare: a path or a quoted glob.")
+    flags.DEFINE_string(
+        "text", None, "Files to prepare, a path or a quoted glob: text, .jsonl, .parquet."
+    )
+    flags.DEFINE_string("hf_dataset", None, "NAME[:CONFIG] that Hugging Face's datasets can load.")
+    flags.DEFINE_string("hf_split", "train", "Which split of --hf_dataset; we divide it ourselves.")
+    flags.DEFINE_string(
+        "field", "text", "Where a row of JSON, Parquet or --hf_dataset has its text."
+    )
     flags.DEFINE_string("out", None, "The data folder to write (default: data/DATASET).")
     flags.DEFINE_string(
         "tokenizer", None, "char, gpt2, or a folder with one (default: the dataset's, else gpt2)."
@@ -191,20 +165,24 @@ def _define_flags() -> None:
 
 def main() -> None:
     options = flags.FLAGS
-    dataset, pattern = options.dataset, options.text
-    if dataset is None and (pattern is None or options.out is None):
+    dataset, given = options.dataset, options.text or options.hf_dataset
+    if options.text and options.hf_dataset:
+        raise door.Usage("give --text or --hf_dataset, not both")
+    if dataset is None and (given is None or options.out is None):
         raise door.Usage("give --dataset=NAME, or --text=GLOB with --out=DIR")
     source = DATASETS.get(dataset or "")
     out = Path(options.out or f"data/{dataset}")
     _check_replaceable(out, overwrite=options.overwrite)
-    if pattern is not None:
-        texts = read_texts(pattern)
+    if options.hf_dataset:
+        texts = HubDataset(options.hf_dataset, options.hf_split, options.field)
+    elif options.text:
+        texts = Files(options.text, options.field)
     elif source is not None:
         texts = [fetch(source)]
     else:
         raise door.Usage(
             f"--dataset={dataset} is not one that can be fetched ({', '.join(DATASETS)}); "
-            "give its text with --text=GLOB"
+            "give its text with --text=GLOB, or with --hf_dataset=NAME"
         )
     name = options.tokenizer or (source.tokenizer if source else "gpt2")
     meta = prepare(
@@ -212,7 +190,7 @@ def main() -> None:
         out,
         tokenizer=open_tokenizer(name, texts),
         val_fraction=options.val_fraction,
-        source=dataset or pattern or "",
+        source=dataset or given or "",
         overwrite=options.overwrite,
     )
     sys.stdout.write(
