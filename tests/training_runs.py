@@ -1,5 +1,6 @@
 """What a finished or interrupted run left behind, read back for comparison."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from train import origin
+from train import origin, preflight
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
-from train.data import open_dataset
 from train.metrics import read_rows
 from train.step import State
 
@@ -18,10 +18,10 @@ from train.step import State
 def last_state(out_dir: Path) -> State:
     """The state of the last checkpoint, as a resumed run would begin from it."""
     config = TrainConfig.from_dict(json.loads((out_dir / "config.json").read_text()))
-    dataset = open_dataset(Path(config.data_dir) / config.dataset, block_size=config.block_size)
+    plan = preflight.check(dataclasses.replace(config, init_from="resume"))
     with Checkpoints(out_dir / "checkpoints") as checkpoints:
         return origin.begin(
-            config, dataset, checkpoints, key=jax.random.key(0), device=jax.devices("cpu")[0]
+            config, plan, checkpoints, key=jax.random.key(0), device=jax.devices("cpu")[0]
         ).state
 
 

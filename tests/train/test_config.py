@@ -90,7 +90,7 @@ def test_a_value_that_cannot_be_is_refused_by_name(values: dict, message: str):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"wandb_log": True}, "Weights & Biases is not supported yet"),
+        ({"lr_schedule": "step"}, "expected cosine or linear or wsd"),
         ({"dtype": "float16"}, "needs loss scaling, which is not supported yet"),
         ({"dtype": "fp8"}, "expected auto, float32 or bfloat16"),
         ({"device": "mps"}, "jax has no backend"),

@@ -2,13 +2,14 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from train.data import DataError, open_dataset
 
-DRAW = {"seed": 3, "step": 7, "rows": 4, "length": 9}
+DRAW: dict[str, Any] = {"seed": 3, "step": 7, "rows": 4, "length": 9}
 
 
 @pytest.fixture
@@ -316,7 +317,7 @@ def test_an_epoch_has_every_window_once_and_the_next_has_another_order(folder: P
     dataset = open_dataset(folder, block_size=10)
 
     def starts(seed: int, steps: range, rows: int) -> list[int]:
-        draw = {"seed": seed, "rows": rows, "length": 11, "order": "epoch"}
+        draw: dict[str, Any] = {"seed": seed, "rows": rows, "length": 11, "order": "epoch"}
         return [
             i for step in steps for i in dataset.batch("train", step=step, **draw)[:, 0].tolist()
         ]

@@ -16,7 +16,7 @@ import core
 import train
 from core.checkpoint import CheckpointError
 from core.tokenizer import Tokenizer
-from train import loop
+from train import loop, preflight
 from train import origin as origin_lib
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
@@ -152,10 +152,11 @@ def test_a_finished_run_resumed_does_nothing(finished: train.Result, config: Tra
 
 def test_the_state_to_begin_with_can_be_donated(finished: train.Result, config: TrainConfig):
     """jax#18617: otherwise the first update needs the state twice, and does not fit."""
-    dataset = open_dataset(Path(config.data_dir) / config.dataset, block_size=16)
     tuning = dataclasses.replace(config, init_from=str(finished.model_dir))
     device = jax.devices("cpu")[0]
-    origin = origin_lib.begin(tuning, dataset, None, key=jax.random.key(0), device=device)
+    origin = origin_lib.begin(
+        tuning, preflight.check(tuning), None, key=jax.random.key(0), device=device
+    )
     for state in (last_state(finished.out_dir), origin.state):
         before = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)}
         add_one = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)

@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from train.config import TrainConfig as TrainConfig
     from train.loop import Result as Result
     from train.loop import run as run
-    from train.origin import TrainError as TrainError
+    from train.preflight import TrainError as TrainError
 
 _MODULE_OF = {
     "TrainConfig": "config",
     "Result": "loop",
-    "TrainError": "origin",
+    "TrainError": "preflight",
     "run": "loop",
 }
 

@@ -1,6 +1,7 @@
 """`python -m train --config=configs/FILE.py [--config.KEY=VALUE ...]`: flags to a TrainConfig, and one call."""
 
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -48,14 +49,21 @@ flags.FLAGS["config"].parser = _ConfigFile()
 
 def main() -> None:
     config = _read_config()
-    from train.loop import run
-    from train.origin import TrainError
+    if config.deterministic:  # XLA reads its flags when jax starts
+        flag = "--xla_gpu_deterministic_ops=true"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    from train import preflight
 
     try:
+        preflight.check(config)  # before jax, which takes a second to start
+        from train.loop import run
+
         result = run(config)
     except OSError as error:
-        raise TrainError(f"{config.out_dir}: {error}") from error
-    if config.eval_only:
+        raise preflight.TrainError(f"{config.out_dir}: {error}") from error
+    if config.dry_run:
+        print(result.report)
+    elif config.eval_only:
         print(json.dumps({"iter": result.iteration, **result.losses}))
     elif result.stopped_by is None:
         print(f"{result.model_dir}: best validation loss {result.best_val_loss:.4f}")

@@ -1,7 +1,7 @@
 """Training state on disk. The only module that knows Orbax: v1's API still moves between minor versions.
 
-A checkpoint appears whole or not at all (Orbax writes a temporary folder and renames it), is written in the background,
-and only the last two and the best by validation loss are kept.
+A checkpoint appears whole or not at all (Orbax writes a temporary folder and renames it) and is written in the
+background, all but the first, which is waited for. Kept are the last few, the best by validation loss, and every K-th.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from typing import Any, Self
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from train.preflight import NONE_YET, TrainError, iterations
 from train.step import State
 
 Device = Any
@@ -23,28 +24,32 @@ class Progress:
 
     model: dict[str, Any]
     best_val_loss: float
+    wandb_id: str | None = None
 
 
 class Checkpoints:
     """The folder out_dir/checkpoints; leaving its context waits for the save under way."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, keep_last: int = 2, keep_every: int = 0):
         policies: Any = ocp.training.preservation_policies
+        kept = [
+            policies.LatestN(keep_last),
+            policies.BestN(
+                get_metric_fn=lambda metrics: metrics["val_loss"],
+                reverse=True,  # ascending by default, and the last n are kept
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            ),
+        ]
+        if keep_every:
+            kept.append(policies.EveryNSteps(keep_every))
         self.folder = folder.absolute()
         self._orbax = ocp.training.Checkpointer(
-            str(self.folder),
-            preservation_policy=policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(2),
-                    policies.BestN(
-                        get_metric_fn=lambda metrics: metrics["val_loss"],
-                        reverse=True,  # ascending by default, and the last n are kept
-                        n=1,
-                        keep_checkpoints_without_metrics=False,
-                    ),
-                ]
-            ),
+            str(self.folder), preservation_policy=policies.AnyPreservationPolicy(kept)
         )
+        self._none_yet = self.folder / NONE_YET
+        if self.latest() is None:
+            self._none_yet.touch()
 
     def __enter__(self) -> Self:
         return self
@@ -56,7 +61,7 @@ class Checkpoints:
         return self.folder / str(iteration)
 
     def iterations(self) -> list[int]:
-        return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
+        return iterations(self.folder)
 
     def latest(self) -> int | None:
         return max(self.iterations(), default=None)
@@ -65,27 +70,48 @@ class Checkpoints:
         self, iteration: int, state: State, progress: Progress, *, val_loss: float | None
     ) -> None:
         """Starts writing a checkpoint; one of this iteration that is already there is kept as it is."""
-        if iteration in self.iterations():
+        if iteration in {checkpoint.step for checkpoint in self._orbax.checkpoints}:
             return
-        self._orbax.save_async(
+        response = self._orbax.save_async(
             iteration,
             state._asdict(),
             force=True,  # the loop decides when, not a save policy
             metrics=None if val_loss is None else {"val_loss": val_loss},
             custom_metadata=dataclasses.asdict(progress),
         )
+        if response is not None and self._none_yet.exists():
+            response.result()
+            self._none_yet.unlink(missing_ok=True)
 
     def progress(self, iteration: int) -> Progress:
-        metadata: Any = self._orbax.metadata(iteration).custom_metadata
-        return Progress(**metadata)
+        try:
+            metadata: Any = self._orbax.metadata(iteration).custom_metadata
+            return Progress(**metadata)
+        except Exception as error:  # whatever a damaged folder makes Orbax stumble over
+            raise self._unreadable(iteration, error) from error
 
     def restore(self, iteration: int, like: State, device: Device) -> State:
-        """Returns the state of `iteration` on `device`, in the shapes of `like`; it may be donated."""
+        """Returns the state of `iteration` on `device`, in the shapes of `like`; it may be donated.
+
+        Raises:
+          TrainError: the checkpoint is damaged, or holds another state than `like`.
+        """
         place = jax.sharding.SingleDeviceSharding(device)
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like
         )
-        return owned(State(**self._orbax.load(iteration, abstract._asdict())))
+        try:
+            return owned(State(**self._orbax.load(iteration, abstract._asdict())))
+        except Exception as error:
+            raise self._unreadable(iteration, error) from error
+
+    def _unreadable(self, iteration: int, error: Exception) -> TrainError:
+        before = [i for i in self.iterations() if i < iteration]
+        way_out = f"continue from {before[-1]}" if before else "begin anew with overwrite=True"
+        return TrainError(
+            f"{self.path(iteration)}: not a checkpoint of this run that can be read "
+            f"({type(error).__name__}: {str(error)[:200]}); remove it to {way_out}"
+        )
 
 
 def owned(tree: Any) -> Any:

@@ -6,6 +6,7 @@ What the model's own config looks like is `core.config`'s business.
 
 import dataclasses
 import difflib
+import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -25,10 +26,23 @@ class TrainConfig:
     eval_iters: int = 200
     eval_only: bool = False
     always_save_checkpoint: bool = True  # else only when the validation loss improves
-    ckpt_interval: int = 0  # further checkpoints every so many iterations; 0 = at evaluations only
-    init_from: str = (
-        "scratch"  # scratch | resume | auto | gpt2[-medium|-large|-xl] | a model folder
+    eval_mode: str = (
+        "sample"  # sample: eval_iters batches of each split | full: all of val, in order
     )
+    ckpt_interval: int = 0  # further checkpoints every so many iterations; 0 = at evaluations only
+    keep_last: int = 2  # checkpoints; the best by validation loss is kept beside them
+    keep_every: int = 0  # and for good those of iterations that this divides; 0 = none
+    # scratch | resume | auto | gpt2[-medium|-large|-xl] | a model folder
+    init_from: str = "scratch"
+    dry_run: bool = False  # say what the run would be and take, and write nothing
+    overfit_batch: bool = (
+        False  # every update sees the first batch: a loss that does not fall is a bug
+    )
+    sample_tokens: int = 0  # tokens to write after each evaluation, of sample_prompt's continuation
+    sample_prompt: str = "\n"
+    profile_start: int = 10  # the first of profile_steps iterations that jax.profiler traces
+    profile_steps: int = 0
+    tensorboard: bool = False
     wandb_log: bool = False
     wandb_project: str = "owt"
     wandb_run_name: str = "gpt2"
@@ -36,12 +50,22 @@ class TrainConfig:
     # Data. Sequences in one update = gradient_accumulation_steps * batch_size.
     data_dir: str = "data"
     dataset: str = "openwebtext"
+    data_order: str = (
+        "random"  # random: windows anywhere, as nanoGPT | epoch: each window once an epoch
+    )
     gradient_accumulation_steps: int = 40
     batch_size: int = 12
     block_size: int = 1024
     seed: int = 1337
 
     # Model.
+    family: str = (
+        "gpt2"  # gpt2 | gpt_oss: of a model from scratch; the next four are gpt_oss's alone
+    )
+    n_kv_head: int = 0  # 0 = n_head
+    n_expert: int = 8
+    experts_per_token: int = 2
+    sliding_window: int = 128
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -60,12 +84,21 @@ class TrainConfig:
     warmup_iters: int = 2000
     lr_decay_iters: int = 600_000
     min_lr: float = 6e-5
+    lr_schedule: str = "cosine"  # cosine | linear | wsd: constant, then linear over cooldown_iters
+    cooldown_iters: int = 0
+    ema_decay: float = (
+        0.0  # of an average of the weights, which is what is evaluated and kept; 0 = none
+    )
+    skip_spikes: float = (
+        0.0  # leave out updates whose gradient's norm is so many deviations high; 0 = none
+    )
 
     # System.
     backend: str = "nccl"
     device: str = "auto"  # auto | cpu | cuda | cuda:N | tpu
     dtype: str = "auto"  # auto | float32 | bfloat16; auto is bfloat16 except on the CPU
     compile: bool = True  # False runs op by op, for debugging
+    deterministic: bool = False  # GPUs: the same bits in every run, more slowly
 
     def __post_init__(self) -> None:
         problems = list(_wrong_types(self)) or list(_problems(self))
@@ -116,11 +149,25 @@ def _wrong_types(config: TrainConfig) -> Iterator[str]:
             yield f"{field.name}={value!r} is {type(value).__name__}, expected {expected}"
 
 
+_ONE_OF = {
+    "eval_mode": ("sample", "full"),
+    "data_order": ("random", "epoch"),
+    "lr_schedule": ("cosine", "linear", "wsd"),
+    "family": ("gpt2", "gpt_oss"),
+}
+
 _AT_LEAST = {
     "eval_interval": 1,
     "log_interval": 1,
     "eval_iters": 1,
     "ckpt_interval": 0,
+    "keep_last": 1,
+    "keep_every": 0,
+    "sample_tokens": 0,
+    "profile_start": 0,
+    "profile_steps": 0,
+    "cooldown_iters": 0,
+    "skip_spikes": 0,
     "gradient_accumulation_steps": 1,
     "batch_size": 1,
     "block_size": 1,
@@ -128,6 +175,10 @@ _AT_LEAST = {
     "n_layer": 1,
     "n_head": 1,
     "n_embd": 1,
+    "n_kv_head": 0,
+    "n_expert": 1,
+    "experts_per_token": 1,
+    "sliding_window": 1,
     "learning_rate": 0,
     "max_iters": 0,
     "weight_decay": 0,
@@ -143,25 +194,49 @@ def _problems(c: TrainConfig) -> Iterator[str]:
             yield f"{name}={getattr(c, name)} must be at least {least}"
     if c.seed >= 2**63:
         yield f"seed={c.seed} must be less than 2**63"
-    for name in ("dropout", "beta1", "beta2"):
+    for name in ("dropout", "beta1", "beta2", "ema_decay"):
         if not 0 <= getattr(c, name) < 1:
             yield f"{name}={getattr(c, name)} must be in [0, 1)"
     if not c.eps > 0:
         yield f"eps={c.eps} must be greater than 0"
     if c.n_head > 0 and c.n_embd % c.n_head:
         yield f"n_embd={c.n_embd} is not divisible by n_head={c.n_head}"
+    if c.family == "gpt_oss":
+        yield from _gpt_oss_problems(c)
     if c.decay_lr and c.lr_decay_iters <= c.warmup_iters:
         yield f"lr_decay_iters={c.lr_decay_iters} must be greater than warmup_iters={c.warmup_iters}"
+    if c.lr_schedule == "wsd" and not 0 < c.cooldown_iters <= c.lr_decay_iters - c.warmup_iters:
+        yield (
+            f"lr_schedule='wsd' ends with cooldown_iters={c.cooldown_iters}; expected 1 to "
+            f"lr_decay_iters - warmup_iters = {c.lr_decay_iters - c.warmup_iters}"
+        )
+    for name, values in _ONE_OF.items():
+        if getattr(c, name) not in values:
+            yield f"{name}={getattr(c, name)!r}: expected {' or '.join(values)}"
     for name in ("out_dir", "dataset", "init_from"):
         if not getattr(c, name):
             yield f"{name} must not be empty"
     yield from _not_honoured(c)
 
 
+def _gpt_oss_problems(c: TrainConfig) -> Iterator[str]:
+    if c.n_kv_head > 0 and c.n_head % c.n_kv_head:
+        yield f"n_head={c.n_head} is not divisible by n_kv_head={c.n_kv_head}"
+    if c.n_head > 0 and c.n_embd // c.n_head % 2:
+        yield f"n_embd / n_head = {c.n_embd // c.n_head} is odd; rotary positions need an even head"
+    if c.experts_per_token > c.n_expert:
+        yield f"experts_per_token={c.experts_per_token} is more than n_expert={c.n_expert}"
+
+
 def _not_honoured(c: TrainConfig) -> Iterator[str]:
     """What nanoGPT's keys can ask for and this trainer cannot give (yet)."""
-    if c.wandb_log:
-        yield "wandb_log=True: Weights & Biases is not supported yet; metrics.jsonl is always written"
+    for key, module in (("wandb_log", "wandb"), ("tensorboard", "tensorboardX")):
+        if getattr(c, key) and importlib.util.find_spec(module) is None:
+            extra = key.removesuffix("_log")
+            yield (
+                f"{key}=True needs {module}, which is not installed; it is in the extra: "
+                f"pip install 'flaxmill-train[{extra}]'. metrics.jsonl is always written"
+            )
     if c.backend not in ("nccl", "gloo"):
         yield f"backend={c.backend!r}: expected 'nccl' or 'gloo' (read only by multi-process runs)"
     if c.device == "mps":

@@ -4,7 +4,7 @@ nanoGPT draws evaluation batches from the generator that also feeds training, so
 the data a run sees, and two evaluations differ by their samples as well as by their weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,39 +13,55 @@ import numpy as np
 from core.losses import loss
 from core.models import Model, Params
 from train.config import TrainConfig
-from train.data import Dataset
+from train.data import Dataset, windows
 from train.step import next_tokens
 
 Evaluate = Callable[[Params], dict[str, float]]
 
 
 def evaluator(model: Model, config: TrainConfig, dataset: Dataset, dtype: Any) -> Evaluate:
-    """Returns a function from parameters to mean losses over `eval_iters` batches of each split, without dropout."""
+    """Returns a function from parameters to mean losses without dropout.
+
+    They are over `eval_iters` batches of each split; with `eval_mode` "full" the validation loss is over every window
+    of its split once.
+    """
 
     @jax.jit
     def loss_of(params: Params, tokens_BS: jax.Array) -> jax.Array:
         return loss(params, model, next_tokens(tokens_BS), dtype=dtype, auxiliary=False)
 
-    def mean_loss(params: Params, stream: str) -> float:
-        losses = [
-            loss_of(
-                params,
-                dataset.batch(
-                    stream,
-                    seed=config.seed,
-                    step=step,
-                    rows=config.batch_size,
-                    length=config.block_size + 1,
-                ),
-            )
-            for step in range(config.eval_iters)
-        ]
+    def mean_loss(params: Params, batches: Iterator[np.ndarray]) -> float:
+        losses = [loss_of(params, batch_BS) for batch_BS in batches]
         return float(np.mean(jax.device_get(losses), dtype=np.float64))
 
+    def whole_loss(params: Params) -> float:
+        """A mean of batches, of which the last may have fewer rows than the others."""
+        total, rows = 0.0, 0
+        for batch_BS in _every_window(config, dataset):
+            total += float(loss_of(params, batch_BS)) * len(batch_BS)
+            rows += len(batch_BS)
+        return total / rows
+
     def evaluate(params: Params) -> dict[str, float]:
+        full = config.eval_mode == "full"
         return {
-            "val_loss": mean_loss(params, "eval_val"),
-            "train_eval_loss": mean_loss(params, "eval_train"),
+            "val_loss": whole_loss(params)
+            if full
+            else mean_loss(params, _samples(config, dataset, "eval_val")),
+            "train_eval_loss": mean_loss(params, _samples(config, dataset, "eval_train")),
         }
 
     return evaluate
+
+
+def _samples(config: TrainConfig, dataset: Dataset, stream: str) -> Iterator[np.ndarray]:
+    rows, length = config.batch_size, config.block_size + 1
+    for step in range(config.eval_iters):
+        yield dataset.batch(stream, seed=config.seed, step=step, rows=rows, length=length)
+
+
+def _every_window(config: TrainConfig, dataset: Dataset) -> Iterator[np.ndarray]:
+    rows, length = config.batch_size, config.block_size + 1
+    starts = np.arange(windows(len(dataset.tokens["val"]), length)) * config.block_size
+    for first in range(0, len(starts), rows):
+        yield dataset.read("val", starts[first : first + rows], length)

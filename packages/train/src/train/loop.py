@@ -5,6 +5,7 @@ continues with the very next update. `max_iters` counts as in nanoGPT, whose loo
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -21,25 +22,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from core import checkpoint as model_folder
-from train import metrics, optimizer, step
-from train.checkpoint import Checkpoints, Device, Progress
+from train import dry_run, metrics, optimizer, preflight, samples, step
+from train.checkpoint import Checkpoints, Device
 from train.config import TrainConfig
-from train.data import Dataset, open_dataset
+from train.data import Dataset
 from train.evaluate import Evaluate, evaluator
 from train.metrics import MetricsLog, Throughput
 from train.origin import Origin, TrainError, begin
+from train.preflight import METRICS_FILE, RUN_FILES
+from train.profiler import Profiler
 from train.progress import Terminal
-
-METRICS_FILE = "metrics.jsonl"
-# In the order of removal: a folder with metrics.jsonl in it is a run.
-RUN_FILES = ("config.json", "checkpoints", "model", "loss.png", METRICS_FILE)
+from train.trackers import Trackers
 
 
 @dataclass(frozen=True)
 class Result:
     """How a run ended: updates made, its last evaluation, and the signal that cut it short, if one did.
 
-    `losses` has "val_loss" and "train_eval_loss", or nothing if a signal came before the first evaluation.
+    `losses` has "val_loss" and "train_eval_loss", or nothing if a signal came before the first evaluation. Of a dry
+    run there is the `report` and nothing else.
     """
 
     out_dir: Path
@@ -47,6 +48,7 @@ class Result:
     losses: dict[str, float]
     best_val_loss: float
     stopped_by: signal.Signals | None = None
+    report: str = ""
 
     @property
     def model_dir(self) -> Path:
@@ -66,25 +68,36 @@ def run(config: TrainConfig, *, progress: bool = True) -> Result:
       TrainError: `out_dir` holds another run, the weights do not fit, or the loss is no longer finite.
       core.CheckpointError: the model folder to start from cannot be read.
     """
-    dataset = open_dataset(Path(config.data_dir) / config.dataset, block_size=config.block_size)
+    plan = preflight.check(config)
+    dataset, resumes, out_dir = plan.dataset, plan.resumes, Path(config.out_dir)
     device = find_device(config.device)
     dtype = _dtype(config.dtype, device)
-    out_dir = Path(config.out_dir)
-    resumes = _check_out_dir(config, out_dir)
+    if config.dry_run:
+        report = dry_run.report(config, plan, device, dtype)
+        return Result(out_dir, 0, {}, math.inf, report=report)
     init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.default_device(device))
         stack.enter_context(jax.disable_jit(not config.compile))
-        folder = out_dir / "checkpoints"
-        checkpoints = stack.enter_context(Checkpoints(folder)) if resumes else None
-        origin = begin(config, dataset, checkpoints, key=init_key, device=device)
+        open_checkpoints = functools.partial(
+            Checkpoints,
+            out_dir / "checkpoints",
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+        )
+        checkpoints = stack.enter_context(open_checkpoints()) if resumes else None
+        origin = begin(config, plan, checkpoints, key=init_key, device=device)
         evaluate = evaluator(origin.model, config, dataset, dtype)
         if config.eval_only:
             losses = evaluate(origin.state.params)
             best = min(losses["val_loss"], origin.best_val_loss)
             return Result(out_dir, origin.iteration, losses, best)
-        log = _open_out_dir(config, out_dir, origin.iteration if resumes else None)
+        resume_at = origin.iteration if resumes else None
+        log = _open_out_dir(config, out_dir, resume_at)
         stack.callback(log.close)
+        trackers = stack.enter_context(
+            Trackers(config, run_id=origin.progress.wandb_id, resume_at=resume_at)
+        )
         trainer = _Trainer(
             config=config,
             dataset=dataset,
@@ -95,8 +108,9 @@ def run(config: TrainConfig, *, progress: bool = True) -> Result:
                 functools.partial(step.update, model=origin.model, config=config, dtype=dtype),
                 donate_argnums=0,
             ),
-            checkpoints=checkpoints or stack.enter_context(Checkpoints(folder)),
+            checkpoints=checkpoints or stack.enter_context(open_checkpoints()),
             log=log,
+            trackers=trackers,
             terminal=stack.enter_context(
                 Terminal(first=origin.iteration, total=config.max_iters + 1, shown=progress)
             ),
@@ -118,11 +132,13 @@ class _Trainer:
     update: Callable[..., tuple[step.State, dict[str, jax.Array]]]
     checkpoints: Checkpoints
     log: MetricsLog
+    trackers: Trackers
     terminal: Terminal
     throughput: Throughput
     state: step.State = field(init=False)
     best_val_loss: float = field(init=False)
     losses: dict[str, float] = field(init=False)
+    profiler: Profiler = field(init=False)
     pending: tuple[int, dict[str, jax.Array]] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -130,6 +146,11 @@ class _Trainer:
         evaluations = [row for row in metrics.read_rows(self.log.path) if "val_loss" in row]
         last = evaluations[-1] if evaluations else {}
         self.losses = {name: loss for name, loss in last.items() if name != "iter"}
+        self.profiler = Profiler(
+            Path(self.config.out_dir) / "profile",
+            self.config.profile_start,
+            self.config.profile_steps,
+        )
 
     def say_facts(self, device: Device, dtype: Any) -> None:
         c, model = self.config, self.origin.model.config
@@ -148,7 +169,7 @@ class _Trainer:
 
     def train(self) -> Result:
         first, last = self.origin.iteration, self.config.max_iters
-        with _stop_signals() as stops:
+        with _stop_signals() as stops, self.profiler:
             for iteration in range(first, last + 1):
                 if stops:
                     return self.end(iteration, stopped_by=stops[0])
@@ -157,6 +178,7 @@ class _Trainer:
                 elif self.config.ckpt_interval and iteration % self.config.ckpt_interval == 0:
                     self.read_pending()
                     self.save(iteration)
+                self.profiler.before(iteration, wait=self.read_pending)
                 self.advance(iteration)
             return self.end(max(first, last + 1))
 
@@ -166,9 +188,10 @@ class _Trainer:
         tokens_RS = self.dataset.batch(
             "train",
             seed=c.seed,
-            step=iteration,
+            step=0 if c.overfit_batch else iteration,
             rows=c.sequences_per_step,
             length=c.block_size + 1,
+            order=c.data_order,
         )
         tokens_ABS = tokens_RS.reshape(c.gradient_accumulation_steps, c.batch_size, -1)
         rate = np.float32(optimizer.learning_rate(c, iteration))
@@ -193,8 +216,12 @@ class _Trainer:
             **speed,
         }
         if iteration % self.config.log_interval == 0:
-            self.log.write(row)
+            self.record(row)
         self.terminal.row(row)
+
+    def record(self, row: dict[str, Any]) -> None:
+        self.log.write(row)
+        self.trackers.write(row)
 
     def look(self, iteration: int) -> None:
         """Evaluates; keeps the model if it is the best so far, and the state if that is to be kept."""
@@ -203,8 +230,10 @@ class _Trainer:
         self.check_finite(iteration, losses)
         self.losses = losses
         row = {"iter": iteration, **losses}
-        self.log.write(row)
+        self.record(row)
         self.terminal.row(row)
+        if self.config.sample_tokens:
+            self.sample(iteration)
         improved = losses["val_loss"] < self.best_val_loss
         if improved:
             self.best_val_loss = losses["val_loss"]
@@ -213,9 +242,20 @@ class _Trainer:
             self.save(iteration, val_loss=losses["val_loss"])
         self.throughput.restart()
 
+    def sample(self, iteration: int) -> None:
+        """Shows what the model writes by now; the same draws each time, and none of the training's."""
+        assert self.dataset.tokenizer is not None  # preflight has seen to it
+        text = samples.continuation(
+            self.origin.model, self.state.params, self.dataset.tokenizer, self.config
+        )
+        self.record({"iter": iteration, "sample": text})
+        self.terminal.say(f"iter {iteration}: {self.config.sample_prompt + text!r}")
+
     def save(self, iteration: int, *, val_loss: float | None = None) -> None:
-        progress = Progress(
-            model=self.origin.model.config.to_dict(), best_val_loss=self.best_val_loss
+        progress = dataclasses.replace(
+            self.origin.progress,
+            best_val_loss=self.best_val_loss,
+            wandb_id=self.trackers.run_id,
         )
         self.checkpoints.save(iteration, self.state, progress, val_loss=val_loss)
 
@@ -270,56 +310,15 @@ def _dtype(name: str, device: Device) -> Any:
 
 
 def _throughput(config: TrainConfig, origin: Origin, device: Device) -> Throughput:
-    model = origin.model.config
-    flops = metrics.flops_per_token(
-        parameters=model.parameter_count,
-        layers=model.axes["L"],
-        width=model.axes["D"],
-        positions=model.context_length,
-        block_size=config.block_size,
-    )
+    flops = metrics.flops_per_token(origin.model.config, config.block_size)
     return Throughput(config.tokens_per_step, flops, metrics.peak_flops(device.device_kind))
-
-
-def _check_out_dir(config: TrainConfig, out_dir: Path) -> bool:
-    """Returns whether the run in `out_dir` is to be resumed; refuses to harm what is there."""
-    found = [name for name in RUN_FILES if (out_dir / name).exists()]
-    if found and METRICS_FILE not in found:
-        raise TrainError(
-            f"{out_dir}: has {found[0]} but no {METRICS_FILE}, so it is not a training run's; "
-            "choose another out_dir"
-        )
-    if config.init_from in ("resume", "auto"):
-        folder = out_dir / "checkpoints"
-        if folder.is_dir():
-            with Checkpoints(folder) as checkpoints:
-                if checkpoints.latest() is not None:
-                    return True
-        if config.init_from == "resume":
-            raise TrainError(
-                f"{folder}: no checkpoint to resume from; use init_from=scratch or auto"
-            )
-        # Killed before its first checkpoint, a run has an empty checkpoints/ and no loss.png; it begins anew.
-        removed = "checkpoints" not in found or "loss.png" in found
-        if "model" in found and removed and not config.overwrite:
-            raise TrainError(
-                f"{out_dir}: has a model but no checkpoint to resume from; continue from the weights "
-                f"with init_from={out_dir / 'model'} and another out_dir, "
-                "or start anew with overwrite=True"
-            )
-    elif found and not config.overwrite and not config.eval_only:
-        raise TrainError(
-            f"{out_dir}: holds an earlier run; continue it with init_from=auto, "
-            "replace it with overwrite=True, or choose another out_dir"
-        )
-    return False
 
 
 def _open_out_dir(config: TrainConfig, out_dir: Path, resume_at: int | None) -> MetricsLog:
     """Makes `out_dir` ready, empty unless resuming; metrics.jsonl comes first, as the mark of a run."""
     if resume_at is None:
         for path in (out_dir / name for name in RUN_FILES):
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)

@@ -6,11 +6,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from core.config import Config, GptOssConfig
+
 # Dense bfloat16 peaks in FLOP/s by jax's device_kind (vendors' data sheets; the sparse figures are twice these).
 PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12,
     "NVIDIA B200": 2250e12,
     "NVIDIA L4": 121e12,
     "NVIDIA GeForce RTX 4090": 165e12,
@@ -55,11 +58,17 @@ def _line(row: Row) -> str:
     return json.dumps(row) + "\n"
 
 
-def flops_per_token(
-    *, parameters: int, layers: int, width: int, positions: int, block_size: int
-) -> int:
-    """6 a parameter, positions aside, and 12*L*D*T for attention, not halved for the mask: the count of nanoGPT."""
-    return 6 * (parameters - positions * width) + 12 * layers * width * block_size
+def flops_per_token(model: Config, block_size: int) -> int:
+    """The count of nanoGPT: 6 a parameter, positions aside, and 12*L*N*H*T for attention, not halved for the mask.
+
+    Of a mixture of experts the parameters that a token meets.
+    """
+    heads = model.axes["N"] * model.axes["H"]
+    if isinstance(model, GptOssConfig):
+        parameters = model.active_parameter_count
+    else:
+        parameters = model.parameter_count - model.context_length * model.axes["D"]
+    return 6 * parameters + 12 * model.axes["L"] * heads * block_size
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -1,46 +1,43 @@
 """Where a run begins: fresh weights, a model folder, or its own last checkpoint."""
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from core import checkpoint as model_folder
-from core.config import PRESETS, GPT2Config
-from core.errors import FlaxmillError
+from core import config as config_lib
+from core.checkpoint import ModelFolder
+from core.config import Config, GPT2Config, GptOssConfig
 from core.models import Model, Params, build
-from core.tokenizer import Tokenizer
-from train.checkpoint import Checkpoints, Device, owned
+from train.checkpoint import Checkpoints, Device, Progress, owned
 from train.config import TrainConfig
 from train.data import GPT2_VOCAB_SIZE, Dataset
+from train.preflight import PADDED_GPT2_VOCAB_SIZE, Plan, check_shape, check_vocabulary
+from train.preflight import TrainError as TrainError
 from train.step import State, initial_state
-
-PADDED_GPT2_VOCAB_SIZE = 50304  # the next multiple of 64 (nanoGPT); products of odd width are slow
-
-
-class TrainError(FlaxmillError):
-    """A run that cannot begin or go on; says what to change."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The model, its state, how many updates made it, and the best validation loss on the way."""
+    """The model, its state, how many updates made it, and what else a checkpoint knows."""
 
     model: Model
     state: State
     iteration: int
-    best_val_loss: float
+    progress: Progress
     description: str
+
+    @property
+    def best_val_loss(self) -> float:
+        return self.progress.best_val_loss
 
 
 def begin(
     config: TrainConfig,
-    dataset: Dataset,
+    plan: Plan,
     checkpoints: Checkpoints | None,
     *,
     key: jax.Array,
@@ -48,20 +45,27 @@ def begin(
 ) -> Origin:
     """Returns the beginning that `init_from` asks for; `checkpoints`, if given, holds at least one."""
     if checkpoints is not None:
-        return _from_checkpoint(config, dataset, checkpoints, device)
-    if config.init_from in ("scratch", "auto"):
-        model = build(model_config(config, dataset))
+        return _from_checkpoint(config, plan.dataset, checkpoints, device)
+    if plan.folder is None:
+        model = build(model_config(config, plan.dataset))
         params, description = model.init(key), "fresh weights"
     else:
-        model, params = _from_folder(config, dataset)
-        description = f"the weights of {_folder(config)}"
-    return Origin(model, initial_state(params, config), 0, math.inf, description)
+        model, params = _from_folder(config, plan.folder)
+        description = f"the weights of {plan.folder.path}"
+    progress = Progress(model=model.config.to_dict(), best_val_loss=math.inf)
+    return Origin(model, initial_state(params, config), 0, progress, description)
 
 
-def model_config(config: TrainConfig, dataset: Dataset) -> GPT2Config:
-    """The model that nanoGPT would build from scratch for this data: GELU in its erf form, tied embeddings."""
-    vocab_size = dataset.vocab_size
-    eos_id = dataset.tokenizer.eos_id if dataset.tokenizer else None
+def model_config(config: TrainConfig, dataset: Dataset) -> Config:
+    """The model that `config` builds from scratch for this data."""
+    if config.family == "gpt_oss":
+        return _gpt_oss(config, dataset)
+    return _gpt2(config, dataset)
+
+
+def _gpt2(config: TrainConfig, dataset: Dataset) -> GPT2Config:
+    """As nanoGPT: GELU in its erf form, tied embeddings."""
+    vocab_size, eos_id = dataset.vocab_size, _eos_id(dataset)
     shape = GPT2Config(
         vocab_size=PADDED_GPT2_VOCAB_SIZE if vocab_size == GPT2_VOCAB_SIZE else vocab_size,
         n_positions=config.block_size,
@@ -73,7 +77,32 @@ def model_config(config: TrainConfig, dataset: Dataset) -> GPT2Config:
         bos_token_id=eos_id,
         eos_token_id=eos_id,
     )
-    return _with_dropout(shape, config.dropout)
+    return dataclasses.replace(shape, **_dropout(shape, config.dropout))
+
+
+def _gpt_oss(config: TrainConfig, dataset: Dataset) -> GptOssConfig:
+    """Small: experts as wide as the model, dense; positions rotate as they are, without YaRN's stretching."""
+    return GptOssConfig(
+        vocab_size=dataset.vocab_size,
+        hidden_size=config.n_embd,
+        intermediate_size=config.n_embd,
+        num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head,
+        num_key_value_heads=config.n_kv_head or config.n_head,
+        head_dim=config.n_embd // config.n_head,
+        num_local_experts=config.n_expert,
+        num_experts_per_tok=config.experts_per_token,
+        max_position_embeddings=config.block_size,
+        initial_context_length=config.block_size,
+        rope_factor=1.0,
+        sliding_window=config.sliding_window,
+        attention_dropout=config.dropout,
+        eos_token_id=_eos_id(dataset),
+    )
+
+
+def _eos_id(dataset: Dataset) -> int | None:
+    return dataset.tokenizer.eos_id if dataset.tokenizer else None
 
 
 def _from_checkpoint(
@@ -82,101 +111,30 @@ def _from_checkpoint(
     iteration = checkpoints.latest()
     assert iteration is not None
     progress = checkpoints.progress(iteration)
-    saved = GPT2Config.from_dict(progress.model)
+    saved = config_lib.from_dict(progress.model)
     path = checkpoints.path(iteration)
-    _check_shape(config, saved, path)
-    _check_vocabulary(Path(config.out_dir) / "model", saved, dataset)
-    if saved.n_positions != config.block_size:
+    check_shape(config, saved, path)
+    check_vocabulary(Path(config.out_dir) / "model", saved, dataset)
+    if isinstance(saved, GPT2Config) and saved.n_positions != config.block_size:
         raise TrainError(
             f"{path}: trained with block_size={saved.n_positions}, the config says "
             f"{config.block_size}; to change it start from the model folder with init_from"
         )
-    model = build(_with_dropout(saved, config.dropout))
+    model = build(dataclasses.replace(saved, **_dropout(saved, config.dropout)))
     like = jax.eval_shape(lambda k: initial_state(model.init(k), config), jax.random.key(0))
     state = checkpoints.restore(iteration, like, device)
-    return Origin(model, state, iteration, progress.best_val_loss, f"checkpoint {path}")
+    return Origin(model, state, iteration, progress, f"checkpoint {path}")
 
 
-def _from_folder(config: TrainConfig, dataset: Dataset) -> tuple[Model, Params]:
-    path = _folder(config)
-    folder = model_folder.open(path)
-    found = folder.config
-    if not isinstance(found, GPT2Config):
-        raise TrainError(f"{path}: a {found.family}; {GPT2Config.family} is what can be trained")
-    if found.quantization is not None:
-        raise TrainError(
-            f"{path}: its kernels are {found.quantization}, which has no gradients; "
-            "start from the model that it was converted from"
-        )
-    _check_shape(config, found, path)
-    _check_vocabulary(path, found, dataset)
-    if config.block_size > found.n_positions:
-        raise TrainError(
-            f"{path}: has {found.n_positions} positions; block_size={config.block_size} "
-            f"is more, lower it"
-        )
-    shape = dataclasses.replace(found, n_positions=config.block_size)
-    params = owned(folder.params(jnp.float32))
-    params["wpe"]["embedding"] = params["wpe"]["embedding"][: config.block_size]
-    return build(_with_dropout(shape, config.dropout)), params
+def _from_folder(config: TrainConfig, folder: ModelFolder) -> tuple[Model, Params]:
+    shape, params = folder.config, owned(folder.params(jnp.float32))
+    if isinstance(shape, GPT2Config):  # rotary positions need no cropping
+        shape = dataclasses.replace(shape, n_positions=config.block_size)
+        params["wpe"]["embedding"] = params["wpe"]["embedding"][: config.block_size]
+    return build(dataclasses.replace(shape, **_dropout(shape, config.dropout))), params
 
 
-def _folder(config: TrainConfig) -> Path:
-    """The model folder that `init_from` names; a released model's is where `convert` is told to put it."""
-    if config.init_from not in PRESETS:
-        return Path(config.init_from)
-    folder = Path("models") / config.init_from
-    if not folder.is_dir():
-        raise TrainError(
-            f"init_from={config.init_from}: {folder} is missing; make it with: "
-            f"python -m convert --model={config.init_from} --out={folder}"
-        )
-    return folder
-
-
-def _check_shape(config: TrainConfig, found: GPT2Config, path: Path) -> None:
-    """Refuses a shape key that was set to something else than the weights have; at its default, the weights decide."""
-    shape = {
-        "n_layer": found.n_layer,
-        "n_head": found.n_head,
-        "n_embd": found.n_embd,
-        "bias": found.use_bias,
-    }
-    default = TrainConfig()
-    wrong = [
-        f"{name}={getattr(config, name)} but the weights have {value}"
-        for name, value in shape.items()
-        if getattr(config, name) not in (value, getattr(default, name))
-    ]
-    if wrong:
-        raise TrainError(f"{path}: {'; '.join(wrong)}; set the same or leave the key out")
-
-
-def _check_vocabulary(path: Path, found: GPT2Config, dataset: Dataset) -> None:
-    """Refuses ids that mean something else to the model: 65 characters would fit into GPT-2's 50,257 unnoticed."""
-    tokenizer, size = Tokenizer.find(path), found.vocab_size
-    if tokenizer is not None:
-        size = tokenizer.vocab_size
-    elif size == PADDED_GPT2_VOCAB_SIZE:
-        size = GPT2_VOCAB_SIZE
-    advice = (
-        f"prepare the text again with --tokenizer={path}" if tokenizer else "use another dataset"
-    )
-    if dataset.vocab_size != size or size > found.vocab_size:
-        raise TrainError(
-            f"{dataset.path}: written with a vocabulary of {dataset.vocab_size}, {path} has {size}; "
-            f"{advice}"
-        )
-    if tokenizer and dataset.tokenizer and _tokens(tokenizer) != _tokens(dataset.tokenizer):
-        raise TrainError(
-            f"{dataset.path}: written with another tokenizer than {path} has; {advice}"
-        )
-
-
-def _tokens(tokenizer: Tokenizer) -> Any:
-    """Which text has which id. The rest of tokenizer.json depends on the program that wrote it."""
-    return json.loads(tokenizer.files()["tokenizer.json"])["model"]["vocab"]
-
-
-def _with_dropout(shape: GPT2Config, rate: float) -> GPT2Config:
-    return dataclasses.replace(shape, embd_pdrop=rate, attn_pdrop=rate, resid_pdrop=rate)
+def _dropout(shape: Config, rate: float) -> dict[str, float]:
+    if isinstance(shape, GptOssConfig):
+        return {"attention_dropout": rate}
+    return {"embd_pdrop": rate, "attn_pdrop": rate, "resid_pdrop": rate}

@@ -16,7 +16,8 @@ class Terminal:
     """Tells people what metrics.jsonl tells programs."""
 
     def __init__(self, *, first: int, total: int, shown: bool):
-        self._shown, self._total = shown, total
+        self._shown, self._first, self._total = shown, first, total
+        self._start = time.monotonic()
         self._bar = tqdm(
             initial=first,
             total=total,
@@ -53,9 +54,19 @@ class Terminal:
         self._bar.set_postfix_str(_numbers(row), refresh=False)
         if self._bar.disable and time.monotonic() >= self._line_due:
             self._line_due = time.monotonic() + LINE_EVERY_S
-            self.say(f"iter {row['iter']}/{self._total - 1}: {_numbers(row)}")
+            left = self._remaining(row["iter"])
+            self.say(f"iter {row['iter']}/{self._total - 1}: {_numbers(row)}, {left} left")
+
+    def _remaining(self, iteration: int) -> str:
+        """The time to the end at the speed of this run so far, evaluations and all."""
+        done = iteration + 1 - self._first
+        seconds = (time.monotonic() - self._start) / done * (self._total - 1 - iteration)
+        return tqdm.format_interval(seconds)
 
 
 def _numbers(row: Row) -> str:
-    mfu = "" if row["mfu"] is None else f", mfu {row['mfu']:.1%}"
-    return f"loss {row['train_loss']:.4f}, {row['tokens_per_s']:,.0f} tok/s{mfu}"
+    mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
+    return (
+        f"loss {row['train_loss']:.4f}, lr {row['lr']:.2e}, norm {row['grad_norm']:.2f}, "
+        f"{row['tokens_per_s']:,.0f} tok/s, mfu {mfu}"
+    )
