@@ -38,7 +38,7 @@ def tokens(model: Model, *shape: int) -> np.ndarray:
 def test_a_full_context_of_the_20b_takes_its_full_layers_and_rings_of_128():
     config, S = PRESETS["gpt-oss-20b"], 131_072
     cache = jax.eval_shape(lambda: KVCache.zeros(config, 1, S, jnp.bfloat16))
-    assert [k.shape[2] for k in cache.k_BKSH] == [128, S] * 12
+    assert [k.shape[2] for k in cache.k_RKSH] == [128, S] * 12
     nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     assert nbytes == 2 * 2 * 8 * 64 * 12 * (128 + S) == 3_224_371_200
 
@@ -106,7 +106,7 @@ def test_chunks_of_any_sizes_give_the_uncached_logits_at_every_position(cached: 
 
 def test_token_by_token_the_ring_wraps_a_dozen_times(cached: Cached):
     cache = cached.empty()
-    assert [k.shape[2] for k in cache.k_BKSH] == [WINDOW, LENGTH + BUCKET]
+    assert [k.shape[2] for k in cache.k_RKSH] == [WINDOW, LENGTH + BUCKET]
     for start in range(LENGTH):
         cache = cached.step(cache, np.full(2, start))
 
@@ -121,7 +121,7 @@ def test_padding_leaves_no_trace_in_a_ring(cached: Cached):
         _, cache = cached.extend(
             cached.params, padded, places, cached.empty(), lengths_B=jnp.array([3, 3])
         )
-        rings.append(np.asarray(cache.k_BKSH[0]))
+        rings.append(np.asarray(cache.k_RKSH[0]))
     np.testing.assert_array_equal(*rings)
     assert rings[0][:, :, :3].any()
     assert not rings[0][:, :, 3:].any()
@@ -156,7 +156,7 @@ def test_a_hundred_thousand_positions_out_it_is_the_same_mathematics():
     ids = tokens(model, 1, T)
     expected_TV = tiny.logits(config, flat, ids)[0]
     extend, cache = jax.jit(model.extend), KVCache.zeros(model.config, 1, 131_072)
-    assert {k.shape[2] for k in cache.k_BKSH} == {17}
+    assert {k.shape[2] for k in cache.k_RKSH} == {17}
     params = tiny.params(flat)
     for t in range(T):
         place = jnp.array([[start + t]])

@@ -11,8 +11,6 @@ import tokenizers
 
 import reference
 import tiny
-from core import decode
-from core import engine as engine_lib
 from core.engine import Completion, Engine, Event, Request, RequestError
 from core.models import build
 from core.sampling import Sampling
@@ -121,7 +119,7 @@ def test_a_stream_is_the_completion_in_pieces(engine, sampling):
     for id, prompt in enumerate(PROMPTS[:4]):
         request = Request(prompt, sampling, id=str(id))
         (whole,) = complete(engine, [request])
-        events = list(engine.stream(prompt, sampling, id=str(id)))
+        events = list(engine.stream([request]))
         assert tuple(event.token for event in events) == whole.tokens
         assert "".join(event.text for event in events) == whole.text
         reasons = [event.finish_reason for event in events]
@@ -129,9 +127,9 @@ def test_a_stream_is_the_completion_in_pieces(engine, sampling):
 
 
 def test_a_stream_of_no_tokens_ends_at_once(engine):
-    events = list(engine.stream("flax", Sampling(max_new_tokens=0)))
-    assert events == [Event(None, "", "length")]
-    (completion,) = complete(engine, [Request("flax", Sampling(max_new_tokens=0))])
+    request = Request("flax", Sampling(max_new_tokens=0))
+    (completion,) = complete(engine, [request])
+    assert list(engine.stream([request])) == [Event(0, None, "", completion)]
     assert (completion.tokens, completion.text, completion.finish_reason) == ((), "", "length")
 
 
@@ -152,7 +150,7 @@ def test_a_continuation_ends_with_the_context(engine, length):
 
 
 def scripted(script: str, tokenizer: Tokenizer, eos_after: int | None = None) -> Any:
-    """A sampler that writes `script` whatever the model says: its place is how many tokens the row has seen."""
+    """A sampler that writes `script` whatever the model says: its place is how many tokens the row has produced."""
     ids: list[Any] = tokenizer.encode(script)
     if eos_after is not None:
         ids[eos_after:] = [tokenizer.eos_id] * (len(ids) - eos_after)
@@ -160,16 +158,16 @@ def scripted(script: str, tokenizer: Tokenizer, eos_after: int | None = None) ->
     letters = len(set(ids))
     assert letters == len(ids) or eos_after is not None, "each token must be new"
 
-    def sampler(logits_BV, keys_B, settings, seen_BV):
-        del keys_B, settings
-        return script_T[jnp.minimum(seen_BV.sum(-1) - 1, len(ids) - 1)]
+    def sampler(logits_BV, keys_B, settings, counts_BV, bias_BV, produced_B, stop_ids):
+        del logits_BV, keys_B, settings, counts_BV, bias_BV, stop_ids
+        return script_T[jnp.minimum(produced_B, len(ids) - 1)]
 
     return sampler
 
 
 def test_a_custom_sampler_draws_the_tokens_and_sees_the_rows_settings(engine):
-    def kth_best(logits_BV, keys_B, settings, seen_BV):
-        del keys_B, seen_BV
+    def kth_best(logits_BV, keys_B, settings, *others):
+        del keys_B, others
         order_BV = jnp.argsort(-logits_BV, axis=-1)
         return jnp.take_along_axis(order_BV, settings.top_k_B[:, None], axis=-1)[:, 0]
 
@@ -209,7 +207,7 @@ def test_text_ends_before_the_first_stop_string(alphabet, stop, text):
     (whole,) = complete(alphabet, [Request("a", sampling)])
     assert whole.text == text
     assert whole.finish_reason == ("length" if text.endswith("l") else "stop")
-    events = list(alphabet.stream("a", sampling))
+    events = list(alphabet.stream([Request("a", sampling)]))
     pieces = [event.text for event in events]
     assert "".join(pieces) == text
     assert tuple(event.token for event in events) == whole.tokens
@@ -294,8 +292,9 @@ def test_a_request_that_cannot_be_served_has_a_stable_code(engine, prompt, code,
     with pytest.raises(RequestError) as caught:
         engine.generate(["fine", prompt])
     assert caught.value.code == code
-    with pytest.raises(RequestError):
-        engine.stream(prompt)
+    (event,) = engine.stream([Request(prompt)])
+    assert isinstance(event.result, RequestError)
+    assert (event.token, event.result.code, event.finish_reason) == (None, code, None)
 
 
 def test_text_needs_a_tokenizer_and_ids_do_not(engine):
@@ -309,36 +308,59 @@ def test_text_needs_a_tokenizer_and_ids_do_not(engine):
 
 
 def test_more_alternatives_than_the_vocabulary_are_all_of_it(engine):
-    (result,) = complete(engine, [Request("a", Sampling(max_new_tokens=1, logprobs=9999))])
+    wide = Engine(engine.model, engine.params, slots=1, top_logprobs=9999)
+    sampling = Sampling(max_new_tokens=1, logprobs=9999)
+    (result,) = complete(wide, [Request([1], sampling)])
     assert result.logprobs is not None
     assert len(result.logprobs[0].top) == engine.model.config.vocab_size
     assert len(engine.score([1, 2], top=9999)[1].top) == engine.model.config.vocab_size
 
 
-def test_equal_shapes_compile_once(engine, varied):
-    """Other prompts, settings, seeds, lengths and numbers of rows find the program that `varied` compiled."""
-    programs: list[Any] = [decode.start, decode.go_on]
-    before = [program._cache_size() for program in programs]
-    assert before[0] > 0
+@pytest.mark.parametrize(
+    ("sampling", "says"),
+    [
+        (Sampling(logprobs=21), "logprobs is 21; this engine gives at most 20"),
+        (Sampling(logit_bias={262: 1.0}), "262"),  # a row of the padding
+        (Sampling(bad_ids=(300,)), "300"),
+        (Sampling(allowed_ids=(400,)), "400"),
+    ],
+    ids=str,
+)
+def test_settings_that_this_model_cannot_follow_are_the_request_s_error(engine, sampling, says):
+    bad, fine = engine.complete([Request("a", sampling), Request("a", GREEDY)])
+    assert isinstance(bad, RequestError)
+    assert (bad.code, says in str(bad)) == ("bad_sampling", True)
+    assert isinstance(fine, Completion)
+
+
+def test_an_engine_compiles_once_a_chunk_size_and_once_more(engine, caplog):
+    """Whatever the prompts' lengths, the settings and the number of requests."""
+    fresh = Engine(engine.model, engine.params, engine.tokenizer, slots=3, top_logprobs=4)
     for rows in (1, 4, 11):
-        complete(
-            engine,
-            [
-                Request("z" * (i + 1), Sampling(max_new_tokens=i + 1, seed=i, logprobs=3))
-                for i in range(rows)
-            ],
-        )
-    assert [program._cache_size() for program in programs] == before
+        samplings = [
+            GREEDY,
+            Sampling(max_new_tokens=rows, seed=rows, top_k=5, logprobs=3),
+            Sampling(max_new_tokens=3, stop=("a",), allowed_ids=(1, 2, 97), presence_penalty=1.0),
+        ]
+        requests = [Request("z" * (5 * i + 1), samplings[i % 3]) for i in range(rows)]
+        with jax.log_compiles():
+            complete(fresh, requests)
+            list(fresh.stream(requests))
+    assert fresh._chunks == (16, 32, 64)
+    compiled = [record.args[0] for record in caplog.records if "Compiling" in record.msg]
+    assert sum("prefill" in name for name in compiled) == 3, compiled
+    assert sum("decode" in name for name in compiled) == 1, compiled
 
 
-def test_more_slots_than_one_prefill_takes_are_prefilled_in_parts(engine):
-    """80 prompts of 16 places are 1,280 tokens, two parts of 40 rows."""
-    assert 80 * engine_lib.SMALLEST_PREFILL > decode.PREFILL_TOKENS
-    wide = Engine(engine.model, engine.params, engine.tokenizer, slots=80)
-    short = Sampling(temperature=0, max_new_tokens=4)
-    requests = [Request(f"{i} is number {i}", short) for i in range(70)]
-    found, expected = complete(wide, requests), complete(engine, requests)
-    assert [c.tokens for c in found] == [c.tokens for c in expected]
+def test_a_long_prompt_goes_in_by_chunks(engine):
+    """50 tokens as 16, 16, 16 and 2, while another request is decoding in the next slot."""
+    narrow = Engine(engine.model, engine.params, engine.tokenizer, slots=2, chunk=16)
+    prompt = "the long prompt that no chunk of sixteen can hold."
+    short, long = complete(narrow, [Request("a", GREEDY), Request(prompt, GREEDY)])
+    assert len(long.prompt_tokens) == 50
+    assert [short.tokens, long.tokens] == [
+        c.tokens for c in complete(engine, [Request("a", GREEDY), Request(prompt, GREEDY)])
+    ]
 
 
 def test_log_probabilities_come_without_alternatives_too(engine):

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from core.config import PRESETS as PRESETS
     from core.config import GPT2Config as GPT2Config
-    from core.engine import Completion as Completion
     from core.engine import Engine as Engine
-    from core.engine import Request as Request
     from core.errors import CheckpointError as CheckpointError
     from core.errors import ConfigError as ConfigError
     from core.errors import FlaxmillError as FlaxmillError
@@ -27,6 +25,9 @@ if TYPE_CHECKING:
     from core.models import Model as Model
     from core.models import build as build
     from core.models import load as load
+    from core.requests import Completion as Completion
+    from core.requests import Event as Event
+    from core.requests import Request as Request
     from core.sampling import Sampling as Sampling
     from core.tokenizer import Tokenizer as Tokenizer
 
@@ -35,9 +36,10 @@ _MODULE_OF = {
     "PRESETS": "config",
     "ConfigError": "errors",
     "GPT2Config": "config",
-    "Completion": "engine",
+    "Completion": "requests",
     "Engine": "engine",
-    "Request": "engine",
+    "Event": "requests",
+    "Request": "requests",
     "RequestError": "errors",
     "FlaxmillError": "errors",
     "load": "models",

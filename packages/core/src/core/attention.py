@@ -7,6 +7,11 @@ n // G.
 
 Long sequences go through in blocks of queries, so that the scores take a bounded number of bytes whatever the length;
 where there is a window, a block meets only the keys that its window reaches.
+
+Over a cache, queries meet the keys in blocks of positions that are the same for everyone, as far as the furthest row
+has come, with the softmax kept up from block to block (Milakov & Gimelshein 2018, arXiv:1805.02867). A block of which a
+row sees nothing changes no bit of that row's, so a row's numbers do not depend on its neighbours, and the time depends
+on what is in the cache, not on its size.
 """
 
 import functools
@@ -14,6 +19,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from core import kv_cache
+from core.kv_cache import Layer
 from core.layers import dropout
 
 # Finite, so that a fully masked row gives a number; any value this low gives the same bits as minus infinity otherwise.
@@ -23,6 +30,113 @@ MASKED = -1e30
 # so in one block.
 _SCORES = 2**25
 _LARGEST_BLOCK = 512
+_POSITIONS = 64  # of a cache, that queries meet at a time
+
+
+def attend_next(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    past: Layer | None,
+    *,
+    positions_BT: jax.Array,
+    scale: float,
+    lengths_B: jax.Array | None = None,
+    window: int | None = None,
+    sinks_N: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, Layer | None]:
+    """Returns out_BTNH, each query's mixture of the values up to its own, and the layer's cache with them in it.
+
+    Args:
+      q_BTNH: queries.
+      k_BTKH: the keys at the same positions.
+      v_BTKH: their values.
+      past: the layer's cache; None if these are all positions from 0 on.
+      positions_BT: where they go; they run on by one along T.
+      scale: see `attend`.
+      lengths_B: how many of the T are tokens; the rest is padding, which nobody sees. None is all.
+      window: how many keys a query of this layer sees, its own included; the cache is then a ring.
+      sinks_N: see `attend`.
+      dropout_rate: see `attend`; without a cache only.
+      dropout_key: see `attend`.
+    """
+    B, T = positions_BT.shape
+    k_BKTH, v_BKTH = jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(v_BTKH, 1, 2)
+    given = {"positions_BT": positions_BT, "scale": scale, "sinks_N": sinks_N}
+    if past is None:
+        drop = {"dropout_rate": dropout_rate, "dropout_key": dropout_key}
+        return attend(q_BTNH, k_BKTH, v_BKTH, window=window, **given, **drop), None
+    new = k_BKTH, v_BKTH, positions_BT, jnp.full(B, T) if lengths_B is None else lengths_B
+    if window is None:
+        past = kv_cache.append(past, *new)
+        return attend_cache(q_BTNH, past, **given), past
+    S = past.k_RKSH.shape[2]
+    # A cache of fewer slots than the window was made for fewer positions than that: nothing is evicted.
+    if T <= kv_cache.FEW and (window > S or window + T - 1 <= S):
+        past = kv_cache.append(past, *new)
+        k_BKSH, v_BKSH = (kv_cache.rows_of(x, past.first_row, B) for x in past[:2])
+        held_BS = kv_cache.held(positions_BT[:, 0] + new[3] - 1, S)
+        return attend(q_BTNH, k_BKSH, v_BKSH, held_BS, window=window, **given), past
+    laid, past = kv_cache.lay_out(past, *new)
+    return attend(q_BTNH, *laid, window=window, **given), past
+
+
+def attend_cache(
+    q_BTNH: jax.Array,
+    cache: Layer,
+    *,
+    positions_BT: jax.Array,
+    scale: float,
+    sinks_N: jax.Array | None = None,
+) -> jax.Array:
+    """Returns out_BTNH: `attend` over a cache of all positions, read no further than the furthest row has come."""
+    B, T, N, H = q_BTNH.shape
+    K, S = cache.k_RKSH.shape[1:3]
+    size = _POSITIONS if S % _POSITIONS == 0 else S
+    rows, dtype = N // K * T, cache.k_RKSH.dtype
+    q_BKRH = jnp.swapaxes(q_BTNH, 1, 2).reshape(B, K, rows, H).astype(dtype)
+    positions_BR1 = jnp.tile(positions_BT, (1, N // K))[:, :, None]
+    first_row = 0 if cache.first_row is None else cache.first_row
+    # The sink is a score that every query has met already.
+    sinks_N = None if sinks_N is None else sinks_N.astype(jnp.float32)
+    highest_KR = jnp.full((K, rows), MASKED) if sinks_N is None else _each(sinks_N, K, T)
+    highest_BKR = jnp.broadcast_to(highest_KR[None], (B, K, rows))
+    sum_BKR = jnp.full((B, K, rows), 0.0 if sinks_N is None else 1.0)
+
+    def block(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        highest_BKR, sum_BKR, out_BKRH = carry
+        place, shape = (first_row, 0, i * size, 0), (B, K, size, H)
+        k_BKsH = jax.lax.dynamic_slice(cache.k_RKSH, place, shape)
+        v_BKsH = jax.lax.dynamic_slice(cache.v_RKSH, place, shape)
+        scores_BKRs = _einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKsH) * scale
+        visible_BRs = i * size + jnp.arange(size)[None, None] <= positions_BR1
+        scores_BKRs = jnp.where(visible_BRs[:, None], scores_BKRs, MASKED)
+        rise_BKR = jnp.maximum(highest_BKR, scores_BKRs.max(-1))
+        weights_BKRs = jnp.exp(scores_BKRs - rise_BKR[..., None])
+        kept_BKR = jnp.exp(highest_BKR - rise_BKR)
+        mixed_BKRH = _einsum("BKRS,BKSH->BKRH", weights_BKRs.astype(dtype), v_BKsH)
+        return (
+            rise_BKR,
+            sum_BKR * kept_BKR + weights_BKRs.sum(-1),
+            out_BKRH * kept_BKR[..., None] + mixed_BKRH,
+        )
+
+    blocks = jnp.minimum(positions_BT.max(), S - 1) // size + 1
+    start = highest_BKR, sum_BKR, jnp.zeros((B, K, rows, H))
+    _, sum_BKR, out_BKRH = jax.lax.fori_loop(0, blocks, block, start)
+    out_BNTH = (out_BKRH / sum_BKR[..., None]).reshape(B, N, T, H)
+    return jnp.swapaxes(out_BNTH, 1, 2).astype(q_BTNH.dtype)
+
+
+def _each(x_N: jax.Array, K: int, T: int) -> jax.Array:
+    """Returns x_KR: each head's number for each of its T queries, as rows of its key head."""
+    return jnp.broadcast_to(x_N.reshape(K, -1, 1), (K, x_N.size // K, T)).reshape(K, -1)
+
+
+def _einsum(axes: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
 
 
 def attend(

@@ -1,11 +1,13 @@
 """The device half of the engine: prefill and the decode loop, compiled for static shapes.
 
-It sees arrays only. A row's numbers depend on its own column of `Inputs` and on the shapes, never on other rows.
+It sees arrays only. Everything large stays on the device in a `State` of one row a slot, which each call uses up and
+returns; what the host knows of the slots comes anew with each dispatch, in small `Columns`. A slot's numbers depend on
+its own column and its own row, never on other slots.
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,8 @@ from core.kv_cache import KVCache
 from core.models import Model, Params
 from core.sampling import Sampler, Settings
 
-PREFILL_TOKENS = 1024  # prefill takes as many rows at once as fit in this many tokens
+STEPS = 32
+"""Tokens a slot and dispatch, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,233 +30,247 @@ class Statics:
     stop_ids: tuple[int, ...]
     vocab_size: int
     missing_ids: tuple[int, ...]
+    top_logprobs: int
 
 
-class Shape(NamedTuple):
-    """What a compiled generation is for: prefill bucket, cache length, log-probabilities of how many alternatives."""
+class State(NamedTuple):
+    """A row a slot; whether what is in it means anything is the host's to know."""
 
-    prefill: int
-    cache: int
-    logprobs: int | None
+    cache: KVCache
+    logits_BV: jax.Array
+    """After a prompt's last token, for the slot's first draw."""
+    counts_BV: jax.Array
+    """Of each token, twice how often it was produced, and one more if the prompt holds it."""
+    bias_BV: jax.Array
+    """What is added to the logits."""
+
+    @classmethod
+    def zeros(cls, statics: Statics, slots: int, length: int) -> "State":
+        """Returns the state of empty slots, for positions below `length`."""
+        config, V = statics.model.config, statics.model.config.vocab_size
+        return cls(
+            cache=KVCache.zeros(config, slots, length, statics.dtype),
+            logits_BV=jnp.zeros((slots, V)),
+            counts_BV=jnp.zeros((slots, V), jnp.int32),
+            bias_BV=jnp.zeros((slots, V)),
+        )
 
 
-class Inputs(NamedTuple):
-    """What the rows bring, an array a column."""
+class Columns(NamedTuple):
+    """What the host says of the slots, an array each."""
 
-    prompt_BT: jax.Array
-    length_B: jax.Array
-    limit_B: jax.Array
-    ignore_eos_B: jax.Array
-    key_words_B4: jax.Array
+    active_B: Any
+    fresh_B: Any
+    """The prompt is in the cache and nothing has been drawn: the first token comes from `State.logits_BV`."""
+    token_B: Any
+    """The last token, which has not been fed; nothing for a fresh slot."""
+    position_B: Any
+    """Where the last token goes; of a fresh slot, where its first one will go."""
+    produced_B: Any
+    limit_B: Any
+    ignore_eos_B: Any
+    wants_scores_B: Any
+    key_words_B4: Any
     settings: Settings
 
 
 class Scores(NamedTuple):
-    """Log-probabilities of the tokens produced, and of the likeliest K at their places."""
+    """Log-probabilities of the tokens produced, and of the likeliest K at their places; zeros for who wants none."""
 
     chosen_BM: jax.Array
     top_ids_BMK: jax.Array
     top_values_BMK: jax.Array
 
 
-class State(NamedTuple):
-    """A decode in progress. `token_B` has been produced and not yet been fed; it goes to `position_B`."""
+class Produced(NamedTuple):
+    """What a dispatch gives: of each row of `tokens_BM` the first `count_B`."""
+
+    tokens_BM: jax.Array
+    count_B: jax.Array
+    scores: Scores
+
+
+class _Run(NamedTuple):
+    """A dispatch in progress."""
 
     cache: KVCache
+    counts_BV: jax.Array
     token_B: jax.Array
     position_B: jax.Array
-    seen_BV: jax.Array
     done_B: jax.Array
-    produced_B: jax.Array
-    out_BM: jax.Array
-    scores: Scores | None
+    out: Produced
+    step: jax.Array
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def start(
-    statics: Statics, shape: Shape, params: Params, inputs: Inputs, steps: jax.Array | int
-) -> State:
-    """Prefill and up to `steps` tokens a row."""
-    logits_BV, cache = _prefill(statics, shape, params, inputs)
-    B, V = logits_BV.shape
-    T, M = shape.prefill, shape.cache
-    is_prompt_BT = jnp.arange(T)[None] < inputs.length_B[:, None]
-    seen_BV = jnp.zeros((B, V), bool)
-    seen_BV = jax.vmap(lambda seen_V, ids_T: seen_V.at[ids_T].set(True, mode="drop"))(
-        seen_BV, jnp.where(is_prompt_BT, inputs.prompt_BT, V)
-    )
-    scores = None
-    if shape.logprobs is not None:
-        top = (B, M, shape.logprobs)
-        scores = Scores(jnp.zeros((B, M)), jnp.zeros(top, jnp.int32), jnp.zeros(top))
-    state = State(
-        cache=cache,
-        token_B=jnp.zeros(B, jnp.int32),
-        position_B=inputs.length_B - 1,
-        seen_BV=seen_BV,
-        done_B=inputs.limit_B == 0,
-        produced_B=jnp.zeros(B, jnp.int32),
-        out_BM=jnp.zeros((B, M), jnp.int32),
-        scores=scores,
-    )
-    state = _take(statics, inputs, logits_BV, state)
-    return _decode(statics, params, inputs, state, steps - 1)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def go_on(
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def prefill(
     statics: Statics,
     params: Params,
-    inputs: Inputs,
     state: State,
-    steps: jax.Array | int,
+    tokens_1T: Any,
+    start: Any,
+    length: Any,
+    slot: Any,
+    is_first: Any,
+    bias_V: Any,
 ) -> State:
-    """Up to `steps` more tokens a row; `state` is used up."""
-    return _decode(statics, params, inputs, state, steps)
+    """Feeds the next `length` tokens of a prompt, of which `start` are in the slot's cache already.
 
-
-def _prefill(
-    statics: Statics, shape: Shape, params: Params, inputs: Inputs
-) -> tuple[jax.Array, KVCache]:
-    """Returns the logits_BV after each prompt, and a cache of the full length with the prompts in it.
-
-    Rows go through in chunks of a size that the bucket alone decides, and a long row in chunks of its tokens: what a
-    chunk takes beside the cache does not grow with the prompt.
+    The first call for a prompt forgets what was in the slot. The T - length tokens of padding must fit the cache too.
     """
-    B, T = inputs.prompt_BT.shape
-    if T > PREFILL_TOKENS:
-        return _prefill_long(statics, shape, params, inputs)
-    rows = next(r for r in range(max(1, min(B, PREFILL_TOKENS // T)), 0, -1) if B % r == 0)
-    config = statics.model.config
-
-    def chunk(arguments: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, KVCache]:
-        prompt_BT, length_B = arguments
-        positions_BT = jnp.broadcast_to(jnp.arange(T)[None], prompt_BT.shape)
-        empty = KVCache.zeros(config, rows, T, statics.dtype)
-        logits_B1V, cache = statics.model.extend(
-            params,
-            prompt_BT,
-            positions_BT,
-            empty,
-            lengths_B=length_B,
-            only_last=True,
-            dtype=statics.dtype,
-        )
-        return logits_B1V[:, 0], cache
-
-    chunks = inputs.prompt_BT.reshape(-1, rows, T), inputs.length_B.reshape(-1, rows)
-    logits_CBV, caches = jax.lax.map(chunk, chunks)
-    caches = jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), caches)
-    return logits_CBV.reshape(B, -1), _with_slots(statics, shape, caches)
-
-
-def _prefill_long(
-    statics: Statics, shape: Shape, params: Params, inputs: Inputs
-) -> tuple[jax.Array, KVCache]:
-    """`_prefill` of prompts of more than one chunk: row by row, chunk after chunk, no further than the row's end."""
-    T = inputs.prompt_BT.shape[1]
-    config, size = statics.model.config, PREFILL_TOKENS
-    whole = -(-T // size) * size
-
-    def one_row(arguments: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, KVCache]:
-        prompt_1T, length_1 = arguments
-
-        def chunk(i: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
-            tokens_1t = jax.lax.dynamic_slice_in_dim(prompt_1T, i * size, size, axis=1)
-            logits_11V, cache = statics.model.extend(
-                params,
-                tokens_1t,
-                i * size + jnp.arange(size)[None],
-                carry[1],
-                lengths_B=jnp.minimum(length_1 - i * size, size),
-                only_last=True,
-                dtype=statics.dtype,
-            )
-            return logits_11V[:, 0], cache
-
-        empty = KVCache.zeros(config, 1, max(shape.cache, whole), statics.dtype)
-        carry = jnp.zeros((1, config.vocab_size)), empty
-        return jax.lax.fori_loop(0, (length_1[0] + size - 1) // size, chunk, carry)
-
-    prompts_B1T = jnp.pad(inputs.prompt_BT, ((0, 0), (0, whole - T)))[:, None]
-    rows = prompts_B1T, inputs.length_B[:, None]
-    logits_B1V, caches = jax.lax.map(one_row, rows)
-    caches = jax.tree.map(lambda x: x[:, 0], caches)
-    return logits_B1V[:, 0], _with_slots(statics, shape, caches)
-
-
-def _with_slots(statics: Statics, shape: Shape, cache: KVCache) -> KVCache:
-    """Returns the prompts' cache with the slots of the whole generation's, whose slots it fills from the first on."""
-
-    def fit(x: jax.Array, whole: jax.ShapeDtypeStruct) -> jax.Array:
-        S = whole.shape[2]
-        return jnp.pad(x[:, :, :S], ((0, 0), (0, 0), (0, max(0, S - x.shape[2])), (0, 0)))
-
-    B = len(cache.k_BKSH[0])
-    config, dtype = statics.model.config, statics.dtype
-    return jax.tree.map(
-        fit, cache, jax.eval_shape(lambda: KVCache.zeros(config, B, shape.cache, dtype))
+    T, V = tokens_1T.shape[1], statics.model.config.vocab_size
+    # Padding may lie beyond the last position, where there is no embedding to look up.
+    last = statics.model.config.context_length - 1
+    logits_11V, cache = statics.model.extend(
+        params,
+        tokens_1T,
+        jnp.minimum(start + jnp.arange(T), last)[None],
+        state.cache._replace(first_row=slot),
+        lengths_B=jnp.reshape(length, (1,)),
+        only_last=True,
+        dtype=statics.dtype,
+    )
+    ids_T = jnp.where(jnp.arange(T) < length, tokens_1T[0], V)
+    return State(
+        cache=cache._replace(first_row=None),
+        logits_BV=_set_row(state.logits_BV, slot, logits_11V[0, 0]),
+        counts_BV=_count_prompt(state.counts_BV, slot, ids_T, is_first),
+        bias_BV=_set_row(state.bias_BV, slot, bias_V),
     )
 
 
-def _decode(
-    statics: Statics, params: Params, inputs: Inputs, state: State, steps: jax.Array | int
-) -> State:
-    """Feeds the last tokens and draws the next ones, `steps` times or until every row is done."""
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def fork(statics: Statics, state: State, source: Any, target: Any) -> State:
+    """Returns the state with one slot's row in another slot too."""
+    del statics
+    return jax.tree.map(
+        lambda x: jax.lax.dynamic_update_slice_in_dim(
+            x, jax.lax.dynamic_slice_in_dim(x, source, 1), target, axis=0
+        ),
+        state,
+    )
 
-    def goes_on(carry: tuple[jax.Array, State]) -> jax.Array:
-        step, state = carry
-        return (step < steps) & ~state.done_B.all()
 
-    def step_on(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
-        step, state = carry
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def decode(
+    statics: Statics, params: Params, state: State, columns: Columns, steps: Any, pause: Any
+) -> tuple[State, Produced]:
+    """Draws the first tokens of fresh slots, then feeds and draws, `steps` tokens a slot at most.
+
+    Ends early when `pause` slots have come to their end, or all.
+    """
+    B, K = len(columns.active_B), statics.top_logprobs
+    out = Produced(
+        tokens_BM=jnp.zeros((B, STEPS), jnp.int32),
+        count_B=jnp.zeros(B, jnp.int32),
+        scores=Scores(
+            jnp.zeros((B, STEPS)), jnp.zeros((B, STEPS, K), jnp.int32), jnp.zeros((B, STEPS, K))
+        ),
+    )
+    is_fresh_B = columns.active_B & columns.fresh_B
+    run = _Run(
+        cache=state.cache,
+        counts_BV=state.counts_BV,
+        token_B=jnp.asarray(columns.token_B),
+        # One less, because drawing goes on by one.
+        position_B=columns.position_B - is_fresh_B.astype(jnp.int32),
+        done_B=~columns.active_B,
+        out=out,
+        step=jnp.where(is_fresh_B.any(), 1, 0),
+    )
+    take = functools.partial(_take, statics, columns, state.bias_BV)
+    run = jax.lax.cond(
+        is_fresh_B.any(), lambda run: take(state.logits_BV, is_fresh_B, run), lambda run: run, run
+    )
+
+    def goes_on(run: _Run) -> jax.Array:
+        ended = (run.done_B & columns.active_B).sum()
+        return (run.step < steps) & ~run.done_B.all() & (ended < pause)
+
+    def step_on(run: _Run) -> _Run:
+        active_B = ~run.done_B
         logits_B1V, cache = statics.model.extend(
             params,
-            state.token_B[:, None],
-            state.position_B[:, None],
-            state.cache,
+            jnp.where(active_B, run.token_B, 0)[:, None],
+            jnp.where(active_B, run.position_B, 0)[:, None],
+            run.cache,
+            lengths_B=active_B.astype(jnp.int32),
             dtype=statics.dtype,
         )
-        return step + 1, _take(statics, inputs, logits_B1V[:, 0], state._replace(cache=cache))
+        run = run._replace(cache=cache, step=run.step + 1)
+        return take(logits_B1V[:, 0], active_B, run)
 
-    return jax.lax.while_loop(goes_on, step_on, (jnp.int32(0), state))[1]
+    run = jax.lax.while_loop(goes_on, step_on, run)
+    return state._replace(cache=run.cache, counts_BV=run.counts_BV), run.out
 
 
-def _take(statics: Statics, inputs: Inputs, logits_BV: jax.Array, state: State) -> State:
-    """Draws each row's next token from `logits_BV` and books it; rows that are done stay as they are."""
+def _take(
+    statics: Statics,
+    columns: Columns,
+    bias_BV: jax.Array,
+    logits_BV: jax.Array,
+    draws_B: jax.Array,
+    run: _Run,
+) -> _Run:
+    """Draws the next token of the rows that `draws_B` names and books it; the others stay as they are."""
     B, V = logits_BV.shape
-    position_B = state.position_B + 1
-    keys_B = jax.vmap(_token_key)(inputs.key_words_B4, position_B)
+    position_B = run.position_B + 1
+    drawn_B = statics.sampler(
+        jnp.where(_readable(statics, V)[None], logits_BV, -jnp.inf),
+        jax.vmap(_token_key)(columns.key_words_B4, position_B),
+        columns.settings,
+        run.counts_BV,
+        bias_BV,
+        columns.produced_B + run.out.count_B,
+        statics.stop_ids,
+    )
+    rows_B, place_B = jnp.arange(B), jnp.where(draws_B, run.out.count_B, STEPS)  # dropped beyond
+    count_B = run.out.count_B + draws_B.astype(jnp.int32)
+    is_stop_B = jnp.isin(drawn_B, jnp.array(statics.stop_ids, jnp.int32)) & ~columns.ignore_eos_B
+    is_last_B = columns.produced_B + count_B >= columns.limit_B
+    out = Produced(
+        tokens_BM=run.out.tokens_BM.at[rows_B, place_B].set(drawn_B, mode="drop"),
+        count_B=count_B,
+        scores=jax.lax.cond(
+            (columns.wants_scores_B & draws_B).any(),
+            lambda scores: _score(logits_BV, drawn_B, place_B, scores),
+            lambda scores: scores,
+            run.out.scores,
+        ),
+    )
+    return run._replace(
+        token_B=jnp.where(draws_B, drawn_B, run.token_B),
+        position_B=jnp.where(draws_B, position_B, run.position_B),
+        counts_BV=run.counts_BV.at[rows_B, drawn_B].add(2 * draws_B.astype(jnp.int32)),
+        done_B=run.done_B | (draws_B & (is_stop_B | is_last_B)),
+        out=out,
+    )
+
+
+def _score(logits_BV: jax.Array, drawn_B: jax.Array, place_B: jax.Array, scores: Scores) -> Scores:
+    logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+    chosen_B = jnp.take_along_axis(logprobs_BV, drawn_B[:, None], axis=-1)[:, 0]
+    top_BK, ids_BK = jax.lax.top_k(logprobs_BV, scores.top_ids_BMK.shape[2])
+    rows_B = jnp.arange(len(place_B))
+    columns = zip(scores, (chosen_B, ids_BK, top_BK), strict=True)
+    return Scores(*(x.at[rows_B, place_B].set(new, mode="drop") for x, new in columns))
+
+
+def _readable(statics: Statics, V: int) -> jax.Array:
     readable_V = jnp.arange(V) < statics.vocab_size
     if statics.missing_ids:
         readable_V = readable_V.at[jnp.array(statics.missing_ids)].set(False, mode="drop")
-    drawn_B = statics.sampler(
-        jnp.where(readable_V[None], logits_BV, -jnp.inf), keys_B, inputs.settings, state.seen_BV
-    )
-    active_B = ~state.done_B
-    rows_B = jnp.arange(B)
-    slot_B = jnp.where(active_B, state.produced_B, state.out_BM.shape[1])  # beyond the end: dropped
+    return readable_V
 
-    def book(column: jax.Array, values: jax.Array) -> jax.Array:
-        return column.at[rows_B, slot_B].set(values, mode="drop")
 
-    scores = state.scores
-    if scores is not None:
-        logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-        chosen_B = jnp.take_along_axis(logprobs_BV, drawn_B[:, None], axis=-1)[:, 0]
-        top_BK, ids_BK = jax.lax.top_k(logprobs_BV, scores.top_ids_BMK.shape[2])
-        scores = Scores(*map(book, scores, (chosen_B, ids_BK, top_BK)))
-    produced_B = state.produced_B + active_B.astype(jnp.int32)
-    is_stop_B = jnp.isin(drawn_B, jnp.array(statics.stop_ids, jnp.int32)) & ~inputs.ignore_eos_B
-    return state._replace(
-        token_B=jnp.where(active_B, drawn_B, state.token_B),
-        position_B=jnp.where(active_B, position_B, state.position_B),
-        seen_BV=state.seen_BV.at[rows_B, drawn_B].max(active_B),
-        done_B=state.done_B | is_stop_B | (produced_B >= inputs.limit_B),
-        produced_B=produced_B,
-        out_BM=book(state.out_BM, drawn_B),
-        scores=scores,
-    )
+def _set_row(x_BV: jax.Array, slot: Any, row_V: Any) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x_BV, row_V[None].astype(x_BV.dtype), slot, axis=0)
+
+
+def _count_prompt(counts_BV: jax.Array, slot: Any, ids_T: jax.Array, is_first: Any) -> jax.Array:
+    counts_V = jax.lax.dynamic_slice_in_dim(counts_BV, slot, 1)[0]
+    counts_V = jnp.where(is_first, 0, counts_V).at[ids_T].max(1, mode="drop")
+    return _set_row(counts_BV, slot, counts_V)
 
 
 def _token_key(words_4: jax.Array, position: jax.Array) -> jax.Array:

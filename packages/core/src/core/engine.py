@@ -1,76 +1,43 @@
-"""The generation engine: prompts in, continuations out. It sees token ids; text is a matter of the last few lines.
+"""The generation engine: prompts in, continuations out. It sees token ids; text is a matter of `core.continuation`.
 
-Prefill and the whole decode loop are one jit. Requests run in groups that share their static shapes: the
-number of slots, the prefill bucket and the cache length, and those of a request follow from its own length alone. So a
-continuation does not depend on its neighbours, on the order of the requests or on how many there are. Random draws
-depend on the seed, the request's id and the token's position.
+An engine has a fixed number of slots. Requests wait in line; the first goes into a slot that is free, its prompt is fed
+in chunks whose sizes follow from its own length alone, and then all slots decode together, each with its own settings,
+until one comes to its end and the next request takes its place. Shapes never change, so nothing is compiled twice.
+
+A continuation does not depend on its slot, its neighbours, the order of the requests or what was there before, to the
+last bit. Random draws depend on the seed, the request's id and the token's position.
 """
 
+import collections
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from core import decode
 from core import sampling as sampling_lib
-from core.decode import Inputs, Scores, Shape, Statics
+from core.continuation import Continuation
+from core.decode import Columns, Produced, State, Statics
 from core.errors import RequestError as RequestError
-from core.errors import TokenizerError
+from core.errors import SamplingError, TokenizerError
 from core.models import Model, Params
+from core.requests import DEFAULT_SAMPLING as DEFAULT_SAMPLING
+from core.requests import Completion as Completion
+from core.requests import Event as Event
+from core.requests import FinishReason as FinishReason
+from core.requests import Request as Request
+from core.requests import TokenScore as TokenScore
 from core.sampling import Sampler, Sampling, Settings
 from core.tokenizer import Tokenizer
 
-FinishReason = Literal["eos", "length", "stop"]
-
-SMALLEST_PREFILL = 16
-SMALLEST_CACHE = 64
-STOP_CHECK_STEPS = 16  # steps between looks at the text, for requests with stop strings
-STREAM_STEPS = 4  # tokens a dispatch while streaming, after the first
-DEFAULT_SAMPLING = Sampling()
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt, as text or as token ids; `id` is what its random draws depend on (by default its index)."""
-
-    prompt: str | Sequence[int]
-    sampling: Sampling = DEFAULT_SAMPLING
-    id: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenScore:
-    """A token's log-probability under the model, in nats, and the likeliest tokens at its place.
-
-    The first token of a text has none (None): nothing comes before it.
-    """
-
-    token: int
-    logprob: float | None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """A continuation: `tokens` with the end-of-text token if it ended there, `text` without that or a stop string."""
-
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: FinishReason
-    prompt_tokens: tuple[int, ...]
-    logprobs: tuple[TokenScore, ...] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-    """One token of a stream, the text that it completes, and with the last one why it ended."""
-
-    token: int | None
-    text: str
-    finish_reason: FinishReason | None = None
+SMALLEST_CHUNK = 16
+STOP_CHECK_STEPS = 8  # steps between looks at the text, while a request has stop strings
+STREAM_STEPS = 4  # tokens a dispatch while streaming
+FILL_TOKENS = 1024  # of prompts, fed between two dispatches of slots that are decoding
 
 
 class Engine:
@@ -81,6 +48,9 @@ class Engine:
       params: its parameters; never donated, so they may be a mapped file.
       tokenizer: None allows prompts of token ids only, and gives no text.
       slots: rows that decode together; results depend on it in the last bits, so keep it with a job.
+      length: positions that a slot holds, of prompt and continuation; by default the model's context.
+      chunk: prompt tokens that are fed at once, a power of two; results depend on it in the last bits.
+      top_logprobs: the most alternatives that a request may ask log-probabilities of.
       sampler: draws the tokens; see `core.sampling.Sampler`.
       dtype: of activations and cache; by default that of the embeddings.
     """
@@ -92,6 +62,9 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         *,
         slots: int = 16,
+        length: int | None = None,
+        chunk: int | None = None,
+        top_logprobs: int = 20,
         sampler: Sampler = sampling_lib.sample,
         dtype: Any = None,
     ):
@@ -99,6 +72,9 @@ class Engine:
             raise ValueError(f"slots is {slots}; expected 1 or more")
         self.model, self.params, self.tokenizer, self.slots = model, params, tokenizer, slots
         config = model.config
+        self.length = min(length or config.context_length, config.context_length)
+        chunk = chunk or (128 if jax.default_backend() == "cpu" else 512)
+        self._chunks = _doubling(SMALLEST_CHUNK, min(chunk, _covering(self.length)))
         stops = set(config.eos_token_ids)
         if tokenizer is not None and tokenizer.eos_id is not None:
             stops.add(tokenizer.eos_id)
@@ -112,7 +88,12 @@ class Engine:
                 config.vocab_size, tokenizer.vocab_size if tokenizer else config.vocab_size
             ),
             missing_ids=tokenizer.missing_ids if tokenizer else (),
+            top_logprobs=min(top_logprobs, config.vocab_size),
         )
+        self._no_bias_V = np.zeros(config.vocab_size, np.float32)
+        self._tickets = 0
+        self._inbox: _Inbox = collections.deque()
+        self._reset()
 
     def generate(
         self, prompts: Sequence[str | Sequence[int]], sampling: Sampling = DEFAULT_SAMPLING
@@ -129,33 +110,56 @@ class Engine:
             self.check(request)
         return [c.text for c in self.complete(requests) if isinstance(c, Completion)]
 
-    def complete(self, requests: Sequence[Request]) -> list[Completion | RequestError]:
+    def complete(self, requests: Iterable[Request]) -> list[Completion | RequestError]:
         """Returns one result a request, in order; a request that cannot be served gives its error as a value."""
         results: dict[int, Completion | RequestError] = {}
-        groups: dict[tuple[int, int, int, bool], list[_Row]] = {}
-        for index, request in enumerate(requests):
-            try:
-                row = self._row(index, request)
-            except RequestError as error:
-                results[index] = error
-            else:
-                groups.setdefault(row.group, []).append(row)
-        for _, rows in sorted(groups.items()):
-            for start in range(0, len(rows), self.slots):
-                batch = rows[start : start + self.slots]
-                for row, completion in zip(batch, self._run(batch), strict=True):
-                    results[row.index] = completion
-        return [results[index] for index in range(len(requests))]
+        for event in self._events(requests, decode.STEPS):
+            if event.result is not None:
+                results[event.request] = event.result
+        return [results[index] for index in range(len(results))]
 
-    def stream(
-        self, prompt: str | Sequence[int], sampling: Sampling = DEFAULT_SAMPLING, *, id: str = "0"
-    ) -> Iterator[Event]:
-        """Yields an event a token, as they are produced; the last one says why the text ended.
+    def stream(self, requests: Iterable[Request]) -> Iterator[Event]:
+        """Yields an event a token, as they are produced; a request's last one has its result.
+
+        Requests are taken as slots become free. Leaving the iterator cancels what is not done.
+        """
+        return self._events(requests, STREAM_STEPS)
+
+    def submit(self, request: Request) -> int:
+        """Puts a request in line and returns its ticket; `step` gives its events.
 
         Raises:
-          RequestError: the prompt cannot be served.
+          RequestError: it cannot be served; see `check`.
         """
-        return self._stream(self._row(0, Request(prompt, sampling, id)))
+        return self._enqueue(request, "0", self._inbox, lambda ticket: ticket)
+
+    def step(self, steps: int = STREAM_STEPS) -> list[Event]:
+        """Goes on by at most `steps` tokens a slot and returns what that gave to submitted requests.
+
+        An empty list while others' requests are served, and when nothing is left to do (`busy` says which).
+        """
+        if self.busy and not self._inbox:
+            self._advance(steps)
+        events = list(self._inbox)
+        self._inbox.clear()
+        return events
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits or is in a slot."""
+        return bool(self._line) or any(self._rows)
+
+    def cancel(self, ticket: int) -> Completion | None:
+        """Ends a submitted request and returns what there is of it; None if it had ended already.
+
+        No event of it follows, those that `step` has not given yet included.
+        """
+        for row in [*self._line, *filter(None, self._rows)]:
+            if row.inbox is self._inbox and row.number == ticket:
+                for event in [e for e in self._inbox if e.request == ticket]:
+                    self._inbox.remove(event)
+                return self._cancel(row)
+        return None
 
     def score(self, tokens: Sequence[int], top: int = 0) -> list[TokenScore]:
         """Returns each token's log-probability given those before it, and the `top` likeliest at its place.
@@ -164,10 +168,14 @@ class Engine:
           RequestError: `tokens` are none, too many or unknown.
         """
         prompt = self._prompt_tokens(tokens)
-        padded = np.zeros((1, self._bucket(len(prompt), SMALLEST_PREFILL)), np.int32)
+        size = min(max(SMALLEST_CHUNK, _covering(len(prompt))), self.model.config.context_length)
+        padded = np.zeros((1, size), np.int32)
         padded[0, : len(prompt)] = prompt
         chosen_T, ids_TK, values_TK = decode.score(
-            self._statics, self._at_most_all(top), self.params, jnp.asarray(padded)
+            self._statics,
+            min(top, self.model.config.vocab_size),
+            self.params,
+            jnp.asarray(padded),
         )
         chosen, ids, values = (np.asarray(x).tolist() for x in (chosen_T, ids_TK, values_TK))
         return [TokenScore(prompt[0], None)] + [
@@ -180,12 +188,22 @@ class Engine:
 
         Raises:
           RequestError: it cannot be served: `bad_prompt`, `tokenizer_missing`, `prompt_empty`, `prompt_too_long`,
-            `token_out_of_range`.
+            `token_out_of_range`, `bad_sampling`.
         """
-        if request.sampling.stop and self.tokenizer is None:
+        sampling, most = request.sampling, self._statics.top_logprobs
+        if sampling.stop and self.tokenizer is None:
             raise RequestError(
                 "tokenizer_missing", "stop strings need a tokenizer; this model has none"
             )
+        if (sampling.logprobs or 0) > most < self.model.config.vocab_size:
+            raise RequestError(
+                "bad_sampling",
+                f"logprobs is {sampling.logprobs}; this engine gives at most {most} (its top_logprobs)",
+            )
+        try:
+            sampling_lib.check_ids(sampling, self._statics.vocab_size)
+        except SamplingError as error:
+            raise RequestError("bad_sampling", str(error)) from error
         return self._prompt_tokens(request.prompt)
 
     def _prompt_tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
@@ -211,10 +229,10 @@ class Engine:
             raise RequestError(
                 "prompt_empty", "the prompt is empty; it must hold at least one token"
             )
-        if len(tokens) > config.context_length:
+        if len(tokens) > self.length:
+            whose = "the model's context" if self.length == config.context_length else "a slot"
             raise RequestError(
-                "prompt_too_long",
-                f"the prompt has {len(tokens)} tokens; the model's context is {config.context_length}",
+                "prompt_too_long", f"the prompt has {len(tokens)} tokens; {whose} is {self.length}"
             )
         wrong = next((t for t in tokens if not 0 <= t < config.vocab_size), None)
         if wrong is not None:
@@ -224,179 +242,249 @@ class Engine:
             )
         return tuple(int(t) for t in tokens)
 
-    def _row(self, index: int, request: Request) -> "_Row":
-        prompt, sampling = self.check(request), request.sampling
-        # The last token need not fit: it is produced, not fed.
-        limit = min(sampling.max_new_tokens, self.model.config.context_length - len(prompt) + 1)
-        shape = Shape(
-            prefill=self._bucket(len(prompt), SMALLEST_PREFILL),
-            cache=self._bucket(len(prompt) + max(limit, 1) - 1, SMALLEST_CACHE),
-            logprobs=None if sampling.logprobs is None else self._at_most_all(sampling.logprobs),
-        )
-        id_ = str(index) if request.id is None else request.id
-        return _Row(index, id_, prompt, sampling, limit, shape)
-
-    def _at_most_all(self, alternatives: int) -> int:
-        return min(alternatives, self.model.config.vocab_size)
-
-    def _bucket(self, length: int, smallest: int) -> int:
-        bucket = smallest
-        while bucket < length:
-            bucket *= 2
-        return min(bucket, self.model.config.context_length)
-
-    def _run(self, rows: "Sequence[_Row]") -> list[Completion]:
-        """Returns the completions of rows of one group, at most as many as there are slots."""
-        inputs = _inputs(rows, self.slots)
-        steps = STOP_CHECK_STEPS if rows[0].sampling.stop else max(row.limit for row in rows)
-        state = decode.start(self._statics, rows[0].shape, self.params, inputs, steps)
-        texts = [_Text(self.tokenizer, row, self._statics.stop_ids) for row in rows]
-        while True:
-            out_BM, produced_B = np.asarray(state.out_BM), np.asarray(state.produced_B)
-            for text, out_M, produced in zip(texts, out_BM, produced_B, strict=False):
-                for token in out_M[len(text.tokens) : produced].tolist():
-                    if text.finish_reason is None:
-                        text.push(token)
-            if all(text.finish_reason for text in texts):
-                break
-            done = [text.finish_reason is not None for text in texts]
-            done += [True] * (self.slots - len(rows))
-            state = state._replace(done_B=jnp.asarray(done))
-            state = decode.go_on(self._statics, self.params, inputs, state, steps)
-        scores = None if state.scores is None else _host_scores(state.scores, out_BM)
-        return [
-            text.completion(None if scores is None else scores[slot])
-            for slot, text in enumerate(texts)
-        ]
-
-    def _stream(self, row: "_Row") -> Iterator[Event]:
-        text = _Text(self.tokenizer, row, self._statics.stop_ids)
-        if text.finish_reason is not None:
-            yield Event(None, "", text.finish_reason)
-            return
-        inputs = _inputs([row], 1)
-        state = decode.start(self._statics, row.shape, self.params, inputs, 1)
-        while True:
-            out_M, produced = np.asarray(state.out_BM)[0], int(state.produced_B[0])
-            for token in out_M[len(text.tokens) : produced].tolist():
-                yield Event(token, text.push(token), text.finish_reason)
-                if text.finish_reason is not None:
+    def _events(self, requests: Iterable[Request], steps: int) -> Iterator[Event]:
+        """Yields the events of `requests`, taking so many that the slots are full and the next ones wait."""
+        inbox: _Inbox = collections.deque()
+        given = enumerate(requests)
+        taken, ended, is_all = 0, 0, False
+        try:
+            while True:
+                while not is_all and taken - ended < 2 * self.slots:
+                    index, request = next(given, (0, None))
+                    is_all = request is None
+                    if request is not None:
+                        taken += 1
+                        try:
+                            self._enqueue(request, str(index), inbox, lambda _, i=index: i)
+                        except RequestError as error:
+                            inbox.append(Event(index, None, "", error))
+                if is_all and taken == ended:
                     return
-            state = decode.go_on(self._statics, self.params, inputs, state, STREAM_STEPS)
+                while inbox:
+                    event = inbox.popleft()
+                    ended += event.result is not None
+                    yield event
+                if taken > ended:
+                    self._advance(steps)
+        finally:
+            for row in [*self._line, *filter(None, self._rows)]:
+                if row.inbox is inbox:
+                    self._cancel(row)
+
+    def _enqueue(
+        self, request: Request, default_id: str, inbox: "_Inbox", number: Callable[[int], int]
+    ) -> int:
+        prompt, sampling = self.check(request), request.sampling
+        self._tickets += 1
+        # The last token need not fit: it is produced, not fed.
+        limit = min(sampling.max_new_tokens, self.length - len(prompt) + 1)
+        text = Continuation(
+            self.tokenizer,
+            prompt,
+            limit=limit,
+            stop=sampling.stop,
+            stop_ids=() if sampling.ignore_eos else self._statics.stop_ids,
+        )
+        id_ = default_id if request.id is None else request.id
+        row = _Row(number(self._tickets), sampling, limit, text, inbox, _key_words(sampling, id_))
+        if text.finish_reason is None:
+            self._line.append(row)
+        else:
+            inbox.append(Event(row.number, None, "", row.completion()))
+        return row.number
+
+    def _reset(self) -> None:
+        """Forgets everything that waits or runs; the device's memory is taken again when it is needed."""
+        self._state: State | None = None
+        self._line: collections.deque[_Row] = collections.deque()
+        self._rows: list[_Row | None] = [None] * self.slots
+
+    def _cancel(self, row: "_Row") -> Completion:
+        if row in self._line:
+            self._line.remove(row)
+        else:
+            self._rows[self._rows.index(row)] = None
+        row.text.cancel()
+        return row.completion()
+
+    def _advance(self, steps: int) -> None:
+        """Fills free slots, decodes once, and delivers what came out; what runs is lost if that fails."""
+        try:
+            state = self._fill(self._state or self._empty())
+            running = [row is not None and row.is_filled for row in self._rows]
+            if any(row.sampling.stop for row in filter(None, self._rows)):
+                steps = min(steps, STOP_CHECK_STEPS)
+            waits = bool(self._line) or sum(running) < sum(map(bool, self._rows))
+            columns = self._columns(running)
+            pause = 1 if waits else self.slots
+            self._state, out = decode.decode(
+                self._statics, self.params, state, columns, steps, pause
+            )
+            self._deliver(jax.device_get(out))
+        except BaseException:
+            self._reset()
+            raise
+
+    def _empty(self) -> State:
+        largest = self._chunks[-1]
+        return decode.State.zeros(self._statics, self.slots, -(-self.length // largest) * largest)
+
+    def _fill(self, state: State) -> State:
+        """Gives free slots to those who wait, and feeds prompts; not many while others wait to decode."""
+        for slot, row in enumerate(self._rows):
+            if row is None and self._line:
+                self._rows[slot] = self._line.popleft()
+        fed, decoding = 0, any(row is not None and row.is_filled for row in self._rows)
+        for slot, row in enumerate(self._rows):
+            while row is not None and not row.is_filled and (fed < FILL_TOKENS or not decoding):
+                source = self._same_prompt(slot, row)
+                if source is not None:
+                    state = decode.fork(self._statics, state, source, slot)
+                    row.filled = len(row.text.prompt)
+                else:
+                    state, count = self._feed(state, slot, row)
+                    fed += count
+        return state
+
+    def _same_prompt(self, slot: int, row: "_Row") -> int | None:
+        """Returns a slot with the same prompt from which nothing has been drawn yet."""
+        if row.filled or row.bias_V(self.model.config.vocab_size) is not None:
+            return None
+        for other, found in enumerate(self._rows):
+            if (
+                found is not None
+                and found.is_fresh
+                and found.text.prompt == row.text.prompt
+                and found.bias_V(self.model.config.vocab_size) is None
+            ):
+                return other
+        return None
+
+    def _feed(self, state: State, slot: int, row: "_Row") -> tuple[State, int]:
+        """Feeds the next chunk of a prompt."""
+        rest = row.text.prompt[row.filled : row.filled + self._chunks[-1]]
+        size = next(size for size in self._chunks if size >= len(rest))
+        tokens_1T = np.zeros((1, size), np.int32)
+        tokens_1T[0, : len(rest)] = rest
+        bias_V = row.bias_V(self.model.config.vocab_size)
+        state = decode.prefill(
+            self._statics,
+            self.params,
+            state,
+            tokens_1T,
+            np.int32(row.filled),
+            np.int32(len(rest)),
+            np.int32(slot),
+            np.bool_(row.filled == 0),
+            self._no_bias_V if bias_V is None else bias_V,
+        )
+        row.filled += len(rest)
+        return state, size
+
+    def _columns(self, running: Sequence[bool]) -> Columns:
+        rows = [row or _NOBODY for row in self._rows]
+
+        def column(values: Iterable[Any], dtype: type) -> np.ndarray:
+            return np.array(list(values), dtype)
+
+        return Columns(
+            active_B=column(running, bool),
+            fresh_B=column((not row.text.tokens for row in rows), bool),
+            token_B=column((row.text.tokens[-1:] or [0] for row in rows), np.int32)[:, 0],
+            position_B=column((row.position for row in rows), np.int32),
+            produced_B=column((len(row.text.tokens) for row in rows), np.int32),
+            limit_B=column((row.limit for row in rows), np.int32),
+            ignore_eos_B=column((row.sampling.ignore_eos for row in rows), bool),
+            wants_scores_B=column((row.sampling.logprobs is not None for row in rows), bool),
+            key_words_B4=column((row.key_words for row in rows), np.uint32),
+            settings=Settings.of([row.sampling for row in rows]),
+        )
+
+    def _deliver(self, out: Produced) -> None:
+        """Gives each slot's new tokens to whoever asked for them, and frees the slots that have ended."""
+        for slot, row in enumerate(self._rows):
+            if row is None:
+                continue
+            for m in range(out.count_B[slot]):
+                token = int(out.tokens_BM[slot, m])
+                text = row.text.push(token)
+                if row.sampling.logprobs is not None:
+                    row.text.scores.append(_score(out, slot, m, row.sampling.logprobs))
+                ended = row.text.finish_reason is not None
+                result = row.completion() if ended else None
+                row.inbox.append(Event(row.number, token, text, result))
+                if ended:
+                    self._rows[slot] = None
+                    break
 
 
-@dataclasses.dataclass(frozen=True)
+_Inbox = collections.deque[Event]
+
+
+@dataclasses.dataclass(eq=False)
 class _Row:
-    """A request that has been checked."""
+    """A request in line or in a slot."""
 
-    index: int
-    id: str
-    prompt: tuple[int, ...]
+    number: int
     sampling: Sampling
     limit: int
-    shape: Shape
+    text: Continuation
+    inbox: _Inbox
+    key_words: tuple[int, ...]
+    filled: int = 0
+    """How much of the prompt is in the slot's cache."""
 
     @property
-    def group(self) -> tuple[int, int, int, bool]:
-        """Rows of one group run together."""
-        logprobs = -1 if self.shape.logprobs is None else self.shape.logprobs
-        return self.shape.prefill, self.shape.cache, logprobs, bool(self.sampling.stop)
+    def is_filled(self) -> bool:
+        return self.filled == len(self.text.prompt)
 
     @property
-    def key_words(self) -> tuple[int, ...]:
-        """The four 32-bit words that its random key is folded from: two of the seed, two of the id."""
-        digest = hashlib.sha256(self.id.encode("utf-8", "surrogatepass")).digest()
-        seed = self.sampling.seed.to_bytes(8, "little")
-        return tuple(np.frombuffer(seed + digest[:8], "<u4").tolist())
+    def is_fresh(self) -> bool:
+        return self.is_filled and not self.text.tokens
+
+    @property
+    def position(self) -> int:
+        """Where the last token goes; of a fresh slot, where the first one will."""
+        return len(self.text.prompt) + max(len(self.text.tokens), 1) - 1
+
+    def bias_V(self, vocab_size: int) -> np.ndarray | None:
+        return sampling_lib.bias_row(self.sampling, vocab_size)
+
+    def completion(self) -> Completion:
+        return self.text.completion(with_scores=self.sampling.logprobs is not None)
 
 
-def _inputs(rows: Sequence[_Row], slots: int) -> Inputs:
-    """Lays `rows` out over the slots; a slot that stays free is a one-token prompt that is done at once."""
-    prompt_BT = np.zeros((slots, rows[0].shape.prefill), np.int32)
-    length_B, limit_B = np.ones(slots, np.int32), np.zeros(slots, np.int32)
-    ignore_eos_B, key_words_B4 = np.zeros(slots, bool), np.zeros((slots, 4), np.uint32)
-    for slot, row in enumerate(rows):
-        prompt_BT[slot, : len(row.prompt)] = row.prompt
-        length_B[slot], limit_B[slot] = len(row.prompt), row.limit
-        ignore_eos_B[slot] = row.sampling.ignore_eos
-        key_words_B4[slot] = row.key_words
-    spare = [Sampling(temperature=0)] * (slots - len(rows))
-    return Inputs(
-        prompt_BT=jnp.asarray(prompt_BT),
-        length_B=jnp.asarray(length_B),
-        limit_B=jnp.asarray(limit_B),
-        ignore_eos_B=jnp.asarray(ignore_eos_B),
-        key_words_B4=jnp.asarray(key_words_B4),
-        settings=Settings.of([row.sampling for row in rows] + spare),
-    )
+_NOBODY = _Row(
+    number=0,
+    sampling=Sampling(temperature=0),
+    limit=0,
+    text=Continuation(None, (0,), limit=0, stop=(), stop_ids=()),
+    inbox=collections.deque(),
+    key_words=(0, 0, 0, 0),
+)
 
 
-def _host_scores(scores: Scores, out_BM: np.ndarray) -> list[list[TokenScore]]:
-    chosen, ids, values = (np.asarray(x).tolist() for x in scores)
-    return [
-        [
-            TokenScore(token, chosen[b][m], tuple(zip(ids[b][m], values[b][m], strict=True)))
-            for m, token in enumerate(tokens)
-        ]
-        for b, tokens in enumerate(out_BM.tolist())
-    ]
+def _key_words(sampling: Sampling, id_: str) -> tuple[int, ...]:
+    """The four 32-bit words that a request's random key is folded from: two of the seed, two of the id."""
+    digest = hashlib.sha256(id_.encode("utf-8", "surrogatepass")).digest()
+    seed = sampling.seed.to_bytes(8, "little")
+    return tuple(np.frombuffer(seed + digest[:8], "<u4").tolist())
 
 
-class _Text:
-    """A continuation as it grows: tokens in, text out, and the reason why it ended.
+def _score(out: Produced, slot: int, m: int, alternatives: int) -> TokenScore:
+    chosen_BM, ids_BMK, values_BMK = out.scores
+    ids, values = (x[slot, m, :alternatives].tolist() for x in (ids_BMK, values_BMK))
+    top = tuple(zip(ids, values, strict=True))
+    return TokenScore(int(out.tokens_BM[slot, m]), float(chosen_BM[slot, m]), top)
 
-    Text that may turn out to begin a stop string, or that is part of a character, is held back.
-    """
 
-    def __init__(self, tokenizer: Tokenizer | None, row: _Row, stop_ids: tuple[int, ...]):
-        self.tokens: list[int] = []
-        self.text = ""
-        self.finish_reason: FinishReason | None = "length" if row.limit == 0 else None
-        self._row = row
-        self._stop_ids = () if row.sampling.ignore_eos else stop_ids
-        self._decoder = tokenizer.stream() if tokenizer is not None else None
-        self._held = ""
+def _doubling(smallest: int, largest: int) -> tuple[int, ...]:
+    sizes = [smallest]
+    while sizes[-1] < largest:
+        sizes.append(2 * sizes[-1])
+    return tuple(sizes)
 
-    def push(self, token: int) -> str:
-        """Returns the text that is certain with `token`; the whole rest if the continuation ends with it."""
-        self.tokens.append(token)
-        if token in self._stop_ids:
-            self.finish_reason = "eos"
-        elif self._decoder is not None:
-            self._held += self._decoder.push(token)
-        found = [at for stop in self._row.sampling.stop if (at := self._held.find(stop)) >= 0]
-        if found:
-            self._held = self._held[: min(found)]
-            self.finish_reason = "stop"
-            return self._release(len(self._held))
-        if self.finish_reason is None and len(self.tokens) == self._row.limit:
-            self.finish_reason = "length"
-        if self.finish_reason is not None:
-            self._held += self._decoder.flush() if self._decoder is not None else ""
-            return self._release(len(self._held))
-        return self._release(len(self._held) - self._begun_stop())
 
-    def completion(self, scores: list[TokenScore] | None) -> Completion:
-        assert self.finish_reason is not None
-        return Completion(
-            text=self.text,
-            tokens=tuple(self.tokens),
-            finish_reason=self.finish_reason,
-            prompt_tokens=self._row.prompt,
-            logprobs=None if scores is None else tuple(scores[: len(self.tokens)]),
-        )
-
-    def _begun_stop(self) -> int:
-        """How many of the last characters held may be the beginning of a stop string."""
-        lengths = (
-            length
-            for stop in self._row.sampling.stop
-            for length in range(1, min(len(stop), len(self._held) + 1))
-            if self._held.endswith(stop[:length])
-        )
-        return max(lengths, default=0)
-
-    def _release(self, count: int) -> str:
-        released, self._held = self._held[:count], self._held[count:]
-        self.text += released
-        return released
+def _covering(length: int) -> int:
+    """Returns the smallest power of two that is no less than `length`."""
+    return 1 << (length - 1).bit_length()

@@ -26,7 +26,8 @@ from core.errors import FlaxmillError, RequestError
 
 if TYPE_CHECKING:
     from core import harmony
-    from core.engine import Completion, Engine, TokenScore
+    from core.engine import Engine
+    from core.requests import Completion, Event, TokenScore
     from core.sampling import Sampling
     from core.tokenizer import Tokenizer
 
@@ -119,7 +120,7 @@ def _write_text(engine: "Engine", job: _Job, sampling: "Sampling", id_: str) -> 
     prompt = job.prompt
     sys.stdout.write(prompt if isinstance(prompt, str) else engine.tokenizer.decode(prompt))
     sys.stdout.flush()
-    for event in engine.stream(prompt, sampling, id=id_):
+    for event in _events(engine, job, sampling, id_):
         sys.stdout.write(event.text)
         sys.stdout.flush()
     sys.stdout.write("\n")
@@ -131,7 +132,7 @@ def _write_answer(engine: "Engine", job: _Job, sampling: "Sampling", id_: str) -
 
     assert engine.tokenizer is not None
     if not harmony.is_spoken_by(engine.tokenizer):
-        for event in engine.stream(job.prompt, sampling, id=id_):
+        for event in _events(engine, job, sampling, id_):
             sys.stdout.write(event.text)
             sys.stdout.flush()
     elif sampling.stop:  # a stop string is known only when all of it is there
@@ -151,7 +152,7 @@ def _stream_harmony(engine: "Engine", job: _Job, sampling: "Sampling", id_: str)
     assert engine.tokenizer is not None
     parser = harmony.Parser(engine.tokenizer)
     written = 0
-    for event in engine.stream(job.prompt, sampling, id=id_):
+    for event in _events(engine, job, sampling, id_):
         last = event.finish_reason is not None
         pieces = [] if event.token is None else [parser.push(event.token)]
         for piece in [*pieces, *([parser.finish()] if last else [])]:
@@ -180,8 +181,14 @@ def _write_json(engine: "Engine", job: _Job, sampling: "Sampling", id_: str) -> 
     sys.stdout.flush()
 
 
+def _events(engine: "Engine", job: _Job, sampling: "Sampling", id_: str) -> "Iterator[Event]":
+    from core.requests import Request
+
+    return engine.stream([Request(job.prompt, sampling, id_)])
+
+
 def _complete(engine: "Engine", job: _Job, sampling: "Sampling", id_: str) -> "Completion":
-    from core.engine import Request
+    from core.requests import Request
 
     (completion,) = engine.complete([Request(job.prompt, sampling, id_)])
     if isinstance(completion, RequestError):

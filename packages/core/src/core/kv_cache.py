@@ -1,11 +1,11 @@
 """The keys and values of the tokens seen so far: a pytree that goes into a model and comes out of it.
 
-Layout [B, K, S, H] a layer, unstacked: a decode step reads one head's keys as one contiguous block, which on a CPU is
-1.6 times as fast at 32 rows as [B, S, K, H] (docs/log.md).
+Layout [R, K, S, H] a layer, unstacked, R rows: a decode step reads one head's keys as one contiguous block, which on a
+CPU is 1.6 times as fast at 32 rows as [R, S, K, H] (docs/log.md).
 
-A layer that sees all has a slot for every position. One that sees the last `window` has a ring of that many: slot s
-holds the latest position p with p % S == s, so that which it is follows from how far the row has come, and nothing
-but keys and values is stored.
+A layer that sees all has a slot for every position. One that sees the last `window` has a ring of that many (or a few
+more): slot s holds the latest position p with p % S == s, so that which it is follows from how far the row has come,
+and nothing but keys and values is stored.
 """
 
 from typing import NamedTuple
@@ -15,95 +15,143 @@ import jax.numpy as jnp
 
 from core.config import Config
 
+FEW = 16
+"""So many new tokens a row are written one by one; more, as one block that must fit."""
+
+
+class Layer(NamedTuple):
+    """One layer's keys and values, and which row the first of the tokens belongs to; None is the first."""
+
+    k_RKSH: jax.Array
+    v_RKSH: jax.Array
+    first_row: jax.Array | None = None
+
 
 class KVCache(NamedTuple):
     """One entry a layer; slot s along S holds the token at position s, in a ring the latest at s, S + s, 2 S + s ..."""
 
-    k_BKSH: tuple[jax.Array, ...]
-    v_BKSH: tuple[jax.Array, ...]
+    k_RKSH: tuple[jax.Array, ...]
+    v_RKSH: tuple[jax.Array, ...]
+    first_row: jax.Array | None = None
+    """A model is fed the rows from this one on; None feeds all."""
 
     @classmethod
-    def zeros(cls, config: Config, batch: int, length: int, dtype=jnp.float32) -> "KVCache":
-        """Returns an empty cache for the positions below `length` of each of `batch` rows.
+    def zeros(
+        cls, config: Config, rows: int, length: int, dtype=jnp.float32, *, ahead: int = 0
+    ) -> "KVCache":
+        """Returns an empty cache for the positions below `length` of each of `rows` rows.
 
-        It takes 2 * batch * key heads * head size * slots numbers a layer: `length` slots, or the window if that is
-        fewer.
+        It takes 2 * rows * key heads * head size * slots numbers a layer: `length` slots, or the window and `ahead` if
+        that is fewer. With `ahead`, so many tokens after a row's last can be fed and taken back.
         """
         sizes = config.axes
         heads = sizes.get("K", sizes["N"])  # without grouped queries every head has its own keys
-        slots = [length if w is None else min(length, w) for w in config.windows]
-        shapes = [(batch, heads, S, sizes["H"]) for S in slots]
-        return cls(*(tuple(jnp.zeros(shape, dtype) for shape in shapes) for _ in range(2)))
+        slots = [length if w is None else min(length, w + ahead) for w in config.windows]
+        shapes = [(rows, heads, S, sizes["H"]) for S in slots]
+        ks, vs = (tuple(jnp.zeros(shape, dtype) for shape in shapes) for _ in range(2))
+        return cls(ks, vs)
+
+    def layer(self, index: int) -> Layer:
+        """Returns what one layer is fed with."""
+        return Layer(self.k_RKSH[index], self.v_RKSH[index], self.first_row)
+
+    @classmethod
+    def of(cls, layers: list[Layer]) -> "KVCache":
+        """Returns the cache of `layers`."""
+        ks, vs = zip(*((layer.k_RKSH, layer.v_RKSH) for layer in layers), strict=True)
+        return cls(ks, vs, layers[0].first_row)
 
 
-class Seen(NamedTuple):
-    """The keys and values that queries may look at, and where they stand."""
+def append(
+    past: Layer, k_BKTH: jax.Array, v_BKTH: jax.Array, positions_BT: jax.Array, lengths_B: jax.Array
+) -> Layer:
+    """Returns the layer with the first `lengths_B` of each row's T new entries in the slots of their positions.
 
-    k_BKSH: jax.Array
-    v_BKSH: jax.Array
-    positions_BS: jax.Array | None = None
-    """Each key's position, negative if there is none; None: index s along S is position s."""
-
-
-Layer = tuple[jax.Array, jax.Array]
-"""One layer's k_BKSH and v_BKSH."""
-
-
-def extend(
-    past: Layer | None,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    positions_BT: jax.Array,
-    *,
-    window: int | None = None,
-    lengths_B: jax.Array | None = None,
-) -> tuple[Seen, Layer]:
-    """Returns what queries at `positions_BT` may look at, and the layer's cache with the new entries in it.
-
-    Args:
-      past: the layer's cache; None if these are all positions from 0 on.
-      k_BTKH: the new keys.
-      v_BTKH: the new values.
-      positions_BT: where they go; they run on by one along T.
-      window: how many keys a query of this layer sees, itself included; the cache is then a ring.
-      lengths_B: how many of the T are tokens; the rest is padding, which evicts nothing. None is all.
+    More than `FEW` go in as they are, padding too: it must fit, and be overwritten before anyone comes far enough to
+    see it.
     """
-    k_BKTH, v_BKTH = jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(v_BTKH, 1, 2)
-    if past is None:
-        return Seen(k_BKTH, v_BKTH), (k_BKTH, v_BKTH)
-    start_B, T, S = positions_BT[:, 0], positions_BT.shape[1], past[0].shape[2]
-    if window is None or (T == 1 and lengths_B is None):
-        slot_B = start_B if window is None else start_B % S
-        k_BKSH, v_BKSH = _write(past[0], k_BKTH, slot_B), _write(past[1], v_BKTH, slot_B)
-        # Without a ring, padding is overwritten before anyone comes far enough to see it.
-        held_BS = None if window is None else _held(start_B, S)
-        return Seen(k_BKSH, v_BKSH, held_BS), (k_BKSH, v_BKSH)
-    # A prompt's first queries see what its last keys evict, so past and new lie side by side, in order of position.
+    T, S = k_BKTH.shape[2], past.k_RKSH.shape[2]
+    if T > FEW:
+        return Layer(
+            _write(past.k_RKSH, k_BKTH, positions_BT[:, 0], past.first_row),
+            _write(past.v_RKSH, v_BKTH, positions_BT[:, 0], past.first_row),
+            past.first_row,
+        )
+    rows_B1 = (0 if past.first_row is None else past.first_row) + jnp.arange(len(k_BKTH))[:, None]
+    is_token_BT = jnp.arange(T)[None] < lengths_B[:, None]
+    slots_BT = jnp.where(is_token_BT, positions_BT % S, S)  # beyond the end: dropped
+
+    def put(cache_RKSH: jax.Array, new_BKTH: jax.Array) -> jax.Array:
+        new_BTKH = jnp.swapaxes(new_BKTH, 1, 2).astype(cache_RKSH.dtype)
+        return cache_RKSH.at[rows_B1, :, slots_BT].set(new_BTKH, mode="drop")
+
+    return Layer(put(past.k_RKSH, k_BKTH), put(past.v_RKSH, v_BKTH), past.first_row)
+
+
+class Laid(NamedTuple):
+    """A ring's keys and values and the new ones after them, in order of position, negative for an empty slot."""
+
+    k_BKXH: jax.Array
+    v_BKXH: jax.Array
+    positions_BX: jax.Array
+
+
+def lay_out(
+    past: Layer, k_BKTH: jax.Array, v_BKTH: jax.Array, positions_BT: jax.Array, lengths_B: jax.Array
+) -> tuple[Laid, Layer]:
+    """Returns a ring and what comes after it side by side, and the ring with the new entries in it.
+
+    A prompt's first queries see what its last keys evict. Padding evicts nothing.
+    """
+    start_B, (B, _, T, _) = positions_BT[:, 0], k_BKTH.shape
+    S = past.k_RKSH.shape[2]
     order_BS = (start_B[:, None] + jnp.arange(S)[None]) % S
     k_BKXH, v_BKXH = (
-        jnp.concatenate([_take(cache_BKSH, order_BS), new_BKTH.astype(cache_BKSH.dtype)], axis=2)
-        for cache_BKSH, new_BKTH in ((past[0], k_BKTH), (past[1], v_BKTH))
+        jnp.concatenate([_take(rows_of(ring_RKSH, past.first_row, B), order_BS), new], axis=2)
+        for ring_RKSH, new in (
+            (past.k_RKSH, k_BKTH.astype(past.k_RKSH.dtype)),
+            (past.v_RKSH, v_BKTH.astype(past.v_RKSH.dtype)),
+        )
     )
     first_B1 = start_B[:, None] - S
-    last_B = start_B - 1 + (T if lengths_B is None else lengths_B)
-    kept_BS = _held(last_B, S) - first_B1
-    seen = Seen(k_BKXH, v_BKXH, first_B1 + jnp.arange(S + T)[None])
-    return seen, (_take(k_BKXH, kept_BS), _take(v_BKXH, kept_BS))
+    kept_BS = held(start_B - 1 + lengths_B, S) - first_B1
+    laid = Laid(k_BKXH, v_BKXH, first_B1 + jnp.arange(S + T)[None])
+    zeros_B = jnp.zeros_like(start_B)
+    return laid, Layer(
+        _write(past.k_RKSH, _take(k_BKXH, kept_BS), zeros_B, past.first_row),
+        _write(past.v_RKSH, _take(v_BKXH, kept_BS), zeros_B, past.first_row),
+        past.first_row,
+    )
 
 
-def _held(last_B: jax.Array, S: int) -> jax.Array:
+def held(last_B: jax.Array, S: int) -> jax.Array:
     """Returns the position [B, S] in each slot of a ring whose latest is `last_B`; negative for an empty slot."""
     return last_B[:, None] - (last_B[:, None] - jnp.arange(S)[None]) % S
+
+
+def rows_of(cache_RKSH: jax.Array, first_row: jax.Array | None, B: int) -> jax.Array:
+    """Returns the B rows that tokens belong to."""
+    if first_row is None:
+        return cache_RKSH
+    return jax.lax.dynamic_slice_in_dim(cache_RKSH, first_row, B, axis=0)
 
 
 def _take(x_BKSH: jax.Array, slots_BS: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x_BKSH, slots_BS[:, None, :, None], axis=2)
 
 
-def _write(cache_BKSH: jax.Array, new_BKTH: jax.Array, slot_B: jax.Array) -> jax.Array:
+def _write(
+    cache_RKSH: jax.Array, new_BKTH: jax.Array, slot_B: jax.Array, first_row: jax.Array | None
+) -> jax.Array:
     """Returns the cache with each row's new entries in T slots from `slot_B` on."""
+    new_BKTH = new_BKTH.astype(cache_RKSH.dtype)
+    if first_row is not None:
+        for b in range(len(new_BKTH)):
+            place = (first_row + b, 0, slot_B[b], 0)
+            cache_RKSH = jax.lax.dynamic_update_slice(cache_RKSH, new_BKTH[b : b + 1], place)
+        return cache_RKSH
 
     def write_row(cache_KSH, new_KTH, slot):
         return jax.lax.dynamic_update_slice(cache_KSH, new_KTH, (0, slot, 0))
 
-    return jax.vmap(write_row)(cache_BKSH, new_BKTH.astype(cache_BKSH.dtype), slot_B)
+    return jax.vmap(write_row)(cache_RKSH, new_BKTH, slot_B)

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from core import kv_cache
-from core.attention import attend
+from core.attention import attend_next
 from core.config import GPT2Config
 from core.kv_cache import KVCache
 from core.layers import ACTIVATIONS, dropout, layer_norm, unembed
@@ -65,15 +64,13 @@ class Blocks(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, positions_BT, cache, lengths_B, dropout_key):
         keys = _split(dropout_key, self.config.n_layer)
-        ks, vs = [], []
+        pasts = []
         for layer, key in enumerate(keys):
-            past = None if cache is None else (cache.k_BKSH[layer], cache.v_BKSH[layer])
-            x_BTD, (k, v) = Block(self.config, layer, name=str(layer))(
-                x_BTD, positions_BT, past, lengths_B, key
-            )
-            ks.append(k)
-            vs.append(v)
-        return x_BTD, None if cache is None else KVCache(tuple(ks), tuple(vs))
+            past = None if cache is None else cache.layer(layer)
+            block = Block(self.config, layer, name=str(layer))
+            x_BTD, past = block(x_BTD, positions_BT, past, lengths_B, key)
+            pasts.append(past)
+        return x_BTD, None if cache is None else KVCache.of(pasts)
 
 
 class Block(nn.Module):
@@ -104,16 +101,18 @@ class Attention(nn.Module):
         D, N, H = config.n_embd, config.n_head, config.head_dim
         qkv_BT3NH = _linear(config, "qkv", (D,), (3, N, H))(x_BTD)
         q_BTNH, k_BTNH, v_BTNH = (qkv_BT3NH[:, :, i] for i in range(3))
-        seen, past = kv_cache.extend(past, k_BTNH, v_BTNH, positions_BT, lengths_B=lengths_B)
 
         scale = H**-0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             scale /= self.layer + 1
-        out_BTNH = attend(
+        out_BTNH, past = attend_next(
             q_BTNH,
-            *seen,
+            k_BTNH,
+            v_BTNH,
+            past,
             positions_BT=positions_BT,
             scale=scale,
+            lengths_B=lengths_B,
             dropout_rate=config.attn_pdrop,
             dropout_key=dropout_key,
         )

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from core import kv_cache, moe, rotary
-from core.attention import attend
+from core import moe, rotary
+from core.attention import attend_next
 from core.config import GptOssConfig
 from core.kv_cache import KVCache
 from core.layers import rms_norm, unembed
@@ -63,14 +63,13 @@ class Blocks(nn.Module):
         turns = rotary.tables(self.config, positions_BT)
         L = self.config.num_hidden_layers
         keys = [None] * L if dropout_key is None else jax.random.split(dropout_key, L)
-        ks, vs = [], []
+        pasts = []
         for layer, (window, key) in enumerate(zip(self.config.windows, keys, strict=True)):
-            past = None if cache is None else (cache.k_BKSH[layer], cache.v_BKSH[layer])
+            past = None if cache is None else cache.layer(layer)
             block = Block(self.config, window, name=str(layer))
-            x_BTD, (k, v) = block(x_BTD, positions_BT, turns, past, lengths_B, key)
-            ks.append(k)
-            vs.append(v)
-        return x_BTD, None if cache is None else KVCache(tuple(ks), tuple(vs))
+            x_BTD, past = block(x_BTD, positions_BT, turns, past, lengths_B, key)
+            pasts.append(past)
+        return x_BTD, None if cache is None else KVCache.of(pasts)
 
 
 class Block(nn.Module):
@@ -101,14 +100,14 @@ class Attention(nn.Module):
         q_BTNH = rotary.rotate(Linear((D,), (N, H), std, name="q")(x_BTD), *turns)
         k_BTKH = rotary.rotate(Linear((D,), (K, H), std, name="k")(x_BTD), *turns)
         v_BTKH = Linear((D,), (K, H), std, name="v")(x_BTD)
-        seen, cached = kv_cache.extend(
-            past, k_BTKH, v_BTKH, positions_BT, window=self.window, lengths_B=lengths_B
-        )
-        out_BTNH = attend(
+        out_BTNH, cached = attend_next(
             q_BTNH,
-            *seen,
+            k_BTKH,
+            v_BTKH,
+            past,
             positions_BT=positions_BT,
             scale=H**-0.5,
+            lengths_B=lengths_B,
             window=self.window,
             sinks_N=self.param("sinks", nn.initializers.normal(std), (N,)),
             dropout_rate=config.attention_dropout,
