@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -40,7 +41,17 @@ class _ConfigFile(flags.ArgumentParser):
             raise flags.IllegalFlagValueError(
                 f"{file}: get_config() {found}; expected a function that returns a ConfigDict"
             )
+        for key in _nested_keys(sys.argv):
+            raise flags.IllegalFlagValueError(
+                f'unknown config key "{key}": keys have no dots; see docs/training.md, Configuration'
+            )
         return config
+
+
+def _nested_keys(arguments: list[str]) -> list[str]:
+    """ml_collections looks for A in the file when it sees --config.A.B, and ends in a traceback."""
+    matches = (re.match(r"--?(?:no)?config\.([^=.]*\.[^=]*)", argument) for argument in arguments)
+    return [match[1] for match in matches if match]
 
 
 # The flag's own parser ends in a traceback for most of what can be wrong with a file.

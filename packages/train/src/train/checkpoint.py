@@ -74,7 +74,7 @@ class Checkpoints:
             return
         response = self._orbax.save_async(
             iteration,
-            state._asdict(),
+            _present(state),
             force=True,  # the loop decides when, not a save policy
             metrics=None if val_loss is None else {"val_loss": val_loss},
             custom_metadata=dataclasses.asdict(progress),
@@ -101,7 +101,7 @@ class Checkpoints:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like
         )
         try:
-            return owned(State(**self._orbax.load(iteration, abstract._asdict())))
+            return owned(State(**self._orbax.load(iteration, _present(abstract))))
         except Exception as error:
             raise self._unreadable(iteration, error) from error
 
@@ -112,6 +112,11 @@ class Checkpoints:
             f"{self.path(iteration)}: not a checkpoint of this run that can be read "
             f"({type(error).__name__}: {str(error)[:200]}); remove it to {way_out}"
         )
+
+
+def _present(state: State) -> dict[str, Any]:
+    """The parts of a state that there are."""
+    return {name: part for name, part in state._asdict().items() if part is not None}
 
 
 def owned(tree: Any) -> Any:

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from core import checkpoint as model_folder
-from train import dry_run, metrics, optimizer, preflight, samples, step
+from core.models import Params
+from train import dry_run, guards, metrics, optimizer, preflight, samples, step
 from train.checkpoint import Checkpoints, Device
 from train.config import TrainConfig
 from train.data import Dataset
@@ -89,7 +90,7 @@ def run(config: TrainConfig, *, progress: bool = True) -> Result:
         origin = begin(config, plan, checkpoints, key=init_key, device=device)
         evaluate = evaluator(origin.model, config, dataset, dtype)
         if config.eval_only:
-            losses = evaluate(origin.state.params)
+            losses = evaluate(weights(origin.state))
             best = min(losses["val_loss"], origin.best_val_loss)
             return Result(out_dir, origin.iteration, losses, best)
         resume_at = origin.iteration if resumes else None
@@ -152,6 +153,10 @@ class _Trainer:
             self.config.profile_steps,
         )
 
+    @property
+    def weights(self) -> Params:
+        return weights(self.state)
+
     def say_facts(self, device: Device, dtype: Any) -> None:
         c, model = self.config, self.origin.model.config
         self.terminal.say(
@@ -207,7 +212,12 @@ class _Trainer:
         (iteration, numbers), self.pending = self.pending, None
         losses = {name: float(numbers[name]) for name in ("train_loss", "grad_norm")}
         speed = self.throughput.lap()
-        self.check_finite(iteration, losses)
+        self.check_finite(iteration, losses, int(numbers["bad_leaf"]))
+        if not numbers["kept"]:
+            self.terminal.say(
+                f"iter {iteration}: skipped, the gradient's norm {losses['grad_norm']:.3g} is more "
+                f"than {self.config.skip_spikes:g} deviations above the last {guards.WINDOW}"
+            )
         row = {
             "iter": iteration,
             "train_loss": losses["train_loss"],
@@ -226,7 +236,7 @@ class _Trainer:
     def look(self, iteration: int) -> None:
         """Evaluates; keeps the model if it is the best so far, and the state if that is to be kept."""
         self.read_pending()
-        losses = self.evaluate(self.state.params)
+        losses = self.evaluate(self.weights)
         self.check_finite(iteration, losses)
         self.losses = losses
         row = {"iter": iteration, **losses}
@@ -246,7 +256,7 @@ class _Trainer:
         """Shows what the model writes by now; the same draws each time, and none of the training's."""
         assert self.dataset.tokenizer is not None  # preflight has seen to it
         text = samples.continuation(
-            self.origin.model, self.state.params, self.dataset.tokenizer, self.config
+            self.origin.model, self.weights, self.dataset.tokenizer, self.config
         )
         self.record({"iter": iteration, "sample": text})
         self.terminal.say(f"iter {iteration}: {self.config.sample_prompt + text!r}")
@@ -264,21 +274,30 @@ class _Trainer:
         model_folder.save(
             Path(self.config.out_dir) / "model",
             self.origin.model.config,
-            self.state.params,
+            self.weights,
             tokenizer=self.dataset.tokenizer,
             source={"trained_on": str(self.dataset.path), **row},
             overwrite=True,
         )
 
-    def check_finite(self, iteration: int, numbers: dict[str, float]) -> None:
+    def check_finite(self, iteration: int, numbers: dict[str, float], bad_leaf: int = -1) -> None:
         bad = [f"{name} is {x}" for name, x in numbers.items() if not math.isfinite(x)]
         if bad:
             latest = self.checkpoints.latest()
             good = "none was written yet" if latest is None else self.checkpoints.path(latest)
             raise TrainError(
-                f"iteration {iteration}: {' and '.join(bad)}; stopped. Last good checkpoint: {good}. "
+                f"iteration {iteration}: {' and '.join(bad)}{self.culprit(bad_leaf)}; stopped. "
+                f"Last good checkpoint: {good}. "
                 "Try a lower learning_rate, a longer warmup_iters or grad_clip=1.0"
             )
+
+    def culprit(self, bad_leaf: int) -> str:
+        """Names the first weight that is not finite, or where the weights are the first such gradient."""
+        names, weights = guards.names(self.state.params), jax.tree.leaves(self.state.params)
+        for name, leaf in zip(names, weights, strict=True):
+            if not jnp.isfinite(leaf).all():
+                return f", {name} is not finite"
+        return f", and so is the gradient of {names[bad_leaf]}" if bad_leaf >= 0 else ""
 
     def end(self, iteration: int, stopped_by: signal.Signals | None = None) -> Result:
         self.read_pending()
@@ -287,6 +306,11 @@ class _Trainer:
         out_dir = Path(self.config.out_dir)
         metrics.plot(metrics.read_rows(self.log.path), out_dir / "loss.png")
         return Result(out_dir, iteration, self.losses, self.best_val_loss, stopped_by)
+
+
+def weights(state: step.State) -> Params:
+    """What is evaluated and kept: the average of the weights if there is one."""
+    return state.params if state.ema is None else state.ema
 
 
 def find_device(name: str) -> Device:

@@ -17,16 +17,21 @@ DECAYED = ("kernel", "embedding")
 
 
 def learning_rate(config: TrainConfig, iteration: int) -> float:
-    """Linear warm-up, cosine to `min_lr` at `lr_decay_iters`, `min_lr` from there on."""
+    """Linear warm-up, then down to `min_lr` at `lr_decay_iters`, and `min_lr` from there on.
+
+    Down on a cosine (nanoGPT's), on a line, or ("wsd") level and on a line over the last `cooldown_iters`.
+    """
     if not config.decay_lr:
         return config.learning_rate
     if iteration < config.warmup_iters:
         return config.learning_rate * (iteration + 1) / (config.warmup_iters + 1)
     if iteration > config.lr_decay_iters:
         return config.min_lr
-    done = (iteration - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * done))
-    return config.min_lr + cosine * (config.learning_rate - config.min_lr)
+    is_wsd = config.lr_schedule == "wsd"
+    start = config.lr_decay_iters - config.cooldown_iters if is_wsd else config.warmup_iters
+    done = max(0.0, (iteration - start) / (config.lr_decay_iters - start))
+    left = 0.5 * (1.0 + math.cos(math.pi * done)) if config.lr_schedule == "cosine" else 1.0 - done
+    return config.min_lr + left * (config.learning_rate - config.min_lr)
 
 
 def decay_mask(params: Any) -> Any:

@@ -8,7 +8,7 @@ import optax
 
 from core.losses import Batch, loss
 from core.models import Model, Params
-from train import optimizer
+from train import guards, optimizer
 from train.config import TrainConfig
 
 
@@ -17,10 +17,17 @@ class State(NamedTuple):
 
     params: Params
     opt_state: optax.OptState
+    ema: Params | None = None  # the average of the weights, with `ema_decay`
+    norms: guards.Norms | None = None  # of the last gradients, with `skip_spikes`
 
 
 def initial_state(params: Params, config: TrainConfig) -> State:
-    return State(params, optimizer.adamw(config).init(params))
+    return State(
+        params,
+        optimizer.adamw(config).init(params),
+        ema=jax.tree.map(jnp.copy, params) if config.ema_decay else None,
+        norms=guards.no_norms() if config.skip_spikes else None,
+    )
 
 
 def update(
@@ -35,13 +42,27 @@ def update(
 ) -> tuple[State, dict[str, jax.Array]]:
     """Returns the next state, the mean loss over all sequences, and the gradient's norm before clipping.
 
+    A gradient that is not finite, or with `skip_spikes` one far above the last, leaves weights and optimizer as they
+    were. "bad_leaf" is the number of the gradient's first leaf that is not finite, or -1; see `guards.names`.
+
     tokens_ABS holds A micro-batches of B sequences of S = block_size + 1 ids; A makes one update, whatever its size.
     """
     mean_loss, grads = gradients(state.params, tokens_ABS, dropout_key, model=model, dtype=dtype)
+    bad_leaf = guards.first_bad(grads)
     grads, norm = optimizer.clip(grads, config.grad_clip)
+    keep, norms = jnp.isfinite(norm), state.norms
+    if norms is not None:
+        keep &= ~guards.is_spike(norms, norm, config.skip_spikes)
+        norms = guards.remembered(norms, norm)
     updates, opt_state = optimizer.adamw(config).update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
-    return State(params, opt_state), {"train_loss": mean_loss, "grad_norm": norm}
+    params, opt_state = guards.selected(keep, (params, opt_state), (state.params, state.opt_state))
+    ema = state.ema
+    if ema is not None:
+        rate = jnp.where(keep, 1 - config.ema_decay, 0.0)
+        ema = jax.tree.map(lambda mean, p: mean + rate * (p - mean), ema, params)
+    numbers = {"train_loss": mean_loss, "grad_norm": norm, "bad_leaf": bad_leaf, "kept": keep}
+    return State(params, opt_state, ema, norms), numbers
 
 
 def gradients(
