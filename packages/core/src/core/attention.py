@@ -19,7 +19,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from core import kv_cache
+from core import flash, kv_cache
 from core.kv_cache import Layer
 from core.layers import dropout
 
@@ -46,6 +46,7 @@ def attend_next(
     sinks_N: jax.Array | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
+    implementation: str = "xla",
 ) -> tuple[jax.Array, Layer | None]:
     """Returns out_BTNH, each query's mixture of the values up to its own, and the layer's cache with them in it.
 
@@ -61,8 +62,14 @@ def attend_next(
       sinks_N: see `attend`.
       dropout_rate: see `attend`; without a cache only.
       dropout_key: see `attend`.
+      implementation: one of `core.flash.IMPLEMENTATIONS`, without a cache only.
     """
     B, T = positions_BT.shape
+    if past is None and implementation != "xla":
+        assert sinks_N is None
+        assert dropout_key is None or dropout_rate == 0
+        fused = flash.attend(q_BTNH, k_BTKH, v_BTKH, implementation, scale=scale, window=window)
+        return fused, None
     k_BKTH, v_BKTH = jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(v_BTKH, 1, 2)
     given = {"positions_BT": positions_BT, "scale": scale, "sinks_N": sinks_N}
     if past is None:

@@ -98,6 +98,22 @@ def place(config: Config, mesh: Mesh | AbstractMesh, rules: Mapping[str, str] = 
     return Placement(shardings, tuple(_notes(whole)))
 
 
+BATCH = ("data", "fsdp")
+"""The mesh axes along which a batch is cut."""
+
+
+def cut_batch(x: jax.Array) -> jax.Array:
+    """Returns `x` cut along its first axis where a mesh is set (`jax.set_mesh`) whose BATCH axes divide it.
+
+    Left to itself, XLA cuts activations as it cuts parameters, and then gathers and cuts again between any two.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    devices = math.prod(sizes.get(axis, 1) for axis in BATCH)
+    if devices == 1 or x.shape[0] % devices:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH))
+
+
 def _parsed(sizes: str) -> dict[str, int]:
     parsed = {}
     for part in filter(None, sizes.replace(" ", "").split(",")):

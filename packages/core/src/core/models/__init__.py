@@ -17,8 +17,11 @@ from flax import linen as nn
 from core import checkpoint
 from core.config import Config
 from core.kv_cache import KVCache
+from core.layers import unembed
 from core.models.gpt2 import GPT2
 from core.models.gpt_oss import GptOss
+from core.models.modules import PLAIN
+from core.models.modules import Compute as Compute
 from core.tokenizer import Tokenizer
 
 Params = dict[str, Any]
@@ -27,9 +30,13 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A configuration that can be initialised and applied; hashable, so it may be a static argument of jit."""
+    """A configuration that can be initialised and applied; hashable, so it may be a static argument of jit.
+
+    `compute` says how a whole sequence goes through (`apply`), not what comes out.
+    """
 
     config: Config
+    compute: Compute = PLAIN
 
     def init(self, key: jax.Array) -> Params:
         """Returns fresh float32 parameters: N(0, initializer_range), biases zero; packed kernels are packed."""
@@ -66,18 +73,43 @@ class Model:
         dtype: Any = jnp.float32,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Returns what `apply` does, and the router's logits of every layer, [B T, E] in float32, if it has routers."""
+        x_BTD, routers = self.hidden_and_route(
+            params, tokens_BT, dropout_key=dropout_key, dtype=dtype
+        )
+        return unembed(x_BTD, self.head(params)), routers
+
+    def head(self, params: Params) -> jax.Array:
+        """Returns head_VD: the rows that hidden states are multiplied by."""
+        tied = self.config.tie_word_embeddings
+        return params["wte"]["embedding"] if tied else params["lm_head"]["kernel"]
+
+    def hidden_and_route(
+        self,
+        params: Params,
+        tokens_BT: jax.Array,
+        *,
+        dropout_key: jax.Array | None = None,
+        dtype: Any = jnp.float32,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Returns what `apply_and_route` does with x_BTD in place of the logits: `unembed(x_BTD, head)` are they."""
         B, T = tokens_BT.shape
         if self.config.context_length < T:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.context_length}")
         positions_BT = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
         module = self._module(dtype)
         result: Any = module.apply(
-            {"params": params}, tokens_BT, positions_BT, None, dropout_key, mutable="intermediates"
+            {"params": params},
+            tokens_BT,
+            positions_BT,
+            None,
+            dropout_key,
+            only_hidden=True,
+            mutable="intermediates",
         )
-        (logits_BTV, _), sown = result
+        (x_BTD, _), sown = result
         blocks = sown.get("intermediates", {}).get("blocks", {})
         routers = (blocks[str(layer)]["moe"]["router_logits"][0] for layer in range(len(blocks)))
-        return logits_BTV, tuple(routers)
+        return x_BTD, tuple(routers)
 
     def extend(
         self,
@@ -115,7 +147,7 @@ class Model:
         )
 
     def _module(self, dtype: Any) -> nn.Module:
-        return _MODULES[self.config.family](self.config, jnp.dtype(dtype))
+        return _MODULES[self.config.family](self.config, jnp.dtype(dtype), self.compute)
 
 
 _MODULES: dict[str, Any] = {"gpt2": GPT2, "gpt_oss": GptOss}

@@ -14,7 +14,7 @@ from core.attention import attend_next
 from core.config import GPT2Config
 from core.kv_cache import KVCache
 from core.layers import ACTIVATIONS, dropout, layer_norm, unembed
-from core.models.modules import Linear, Table, last, rows
+from core.models.modules import PLAIN, Compute, Linear, Table, last, remat, residual, rows, stream
 
 
 class GPT2(nn.Module):
@@ -22,6 +22,7 @@ class GPT2(nn.Module):
 
     config: GPT2Config
     dtype: jnp.dtype = jnp.dtype(jnp.float32)
+    compute: Compute = PLAIN
 
     @nn.compact
     def __call__(
@@ -32,6 +33,7 @@ class GPT2(nn.Module):
         dropout_key: jax.Array | None = None,
         lengths_B: jax.Array | None = None,
         only_last: bool = False,
+        only_hidden: bool = False,
     ) -> tuple[jax.Array, KVCache | None]:
         config = self.config
         normal = nn.initializers.normal(config.initializer_range)
@@ -42,7 +44,8 @@ class GPT2(nn.Module):
         x_BTD = rows(wte_VD, tokens_BT).astype(self.dtype)
         x_BTD = x_BTD + rows(wpe_PD, positions_BT).astype(self.dtype)
         x_BTD = dropout(x_BTD, config.embd_pdrop, embed_key)
-        x_BTD, cache = Blocks(config, name="blocks")(
+        x_BTD = stream(x_BTD, cache)
+        x_BTD, cache = Blocks(config, self.compute, name="blocks")(
             x_BTD, positions_BT, cache, lengths_B, blocks_key
         )
         if only_last:
@@ -53,21 +56,23 @@ class GPT2(nn.Module):
             if config.tie_word_embeddings
             else Table("kernel", (config.vocab_size, config.n_embd), normal, name="lm_head")()
         )
-        return unembed(x_BTD, head_VD), cache
+        return x_BTD if only_hidden else unembed(x_BTD, head_VD), cache
 
 
 class Blocks(nn.Module):
     """The residual stream through every block, "0" to "L-1"."""
 
     config: GPT2Config
+    compute: Compute
 
     @nn.compact
     def __call__(self, x_BTD, positions_BT, cache, lengths_B, dropout_key):
+        block_of = remat(Block, self.compute)
         keys = _split(dropout_key, self.config.n_layer)
         pasts = []
         for layer, key in enumerate(keys):
             past = None if cache is None else cache.layer(layer)
-            block = Block(self.config, layer, name=str(layer))
+            block = block_of(self.config, layer, self.compute.attention, name=str(layer))
             x_BTD, past = block(x_BTD, positions_BT, past, lengths_B, key)
             pasts.append(past)
         return x_BTD, None if cache is None else KVCache.of(pasts)
@@ -76,17 +81,19 @@ class Blocks(nn.Module):
 class Block(nn.Module):
     config: GPT2Config
     layer: int
+    attention: str
 
     @nn.compact
     def __call__(self, x_BTD, positions_BT, past, lengths_B, dropout_key):
         config = self.config
         attn_key, resid_key, mlp_key = _split(dropout_key, 3)
-        y_BTD, past = Attention(config, self.layer, name="attn")(
+        y_BTD, past_of_next = Attention(config, self.layer, self.attention, name="attn")(
             LayerNorm(config, name="ln_1")(x_BTD), positions_BT, past, lengths_B, attn_key
         )
-        x_BTD = x_BTD + dropout(y_BTD, config.resid_pdrop, resid_key)
-        y_BTD = MLP(config, name="mlp")(LayerNorm(config, name="ln_2")(x_BTD))
-        return x_BTD + dropout(y_BTD, config.resid_pdrop, mlp_key), past
+        x_BTD = stream(x_BTD + dropout(residual(y_BTD), config.resid_pdrop, resid_key), past)
+        y_BTD = residual(MLP(config, name="mlp")(LayerNorm(config, name="ln_2")(x_BTD)))
+        x_BTD = x_BTD + dropout(y_BTD, config.resid_pdrop, mlp_key)
+        return stream(x_BTD, past), past_of_next
 
 
 class Attention(nn.Module):
@@ -94,6 +101,7 @@ class Attention(nn.Module):
 
     config: GPT2Config
     layer: int
+    implementation: str
 
     @nn.compact
     def __call__(self, x_BTD, positions_BT, past, lengths_B, dropout_key):
@@ -115,6 +123,7 @@ class Attention(nn.Module):
             lengths_B=lengths_B,
             dropout_rate=config.attn_pdrop,
             dropout_key=dropout_key,
+            implementation=self.implementation,
         )
         y_BTD = _linear(config, "out", (N, H), (D,), residual=True)(out_BTNH)
         return y_BTD, past

@@ -17,7 +17,7 @@ from core.attention import attend_next
 from core.config import GptOssConfig
 from core.kv_cache import KVCache
 from core.layers import rms_norm, unembed
-from core.models.modules import Linear, Table, last, rows
+from core.models.modules import PLAIN, Compute, Linear, Table, last, remat, residual, rows, stream
 from core.quant import MXFP4
 
 
@@ -26,6 +26,7 @@ class GptOss(nn.Module):
 
     config: GptOssConfig
     dtype: jnp.dtype = jnp.dtype(jnp.float32)
+    compute: Compute = PLAIN
 
     @nn.compact
     def __call__(
@@ -36,13 +37,15 @@ class GptOss(nn.Module):
         dropout_key: jax.Array | None = None,
         lengths_B: jax.Array | None = None,
         only_last: bool = False,
+        only_hidden: bool = False,
     ) -> tuple[jax.Array, KVCache | None]:
         config = self.config
         normal = nn.initializers.normal(config.initializer_range)
         size = (config.vocab_size, config.hidden_size)
         wte_VD = Table("embedding", size, normal, name="wte")()
         x_BTD = rows(wte_VD, tokens_BT).astype(self.dtype)
-        x_BTD, cache = Blocks(config, name="blocks")(
+        x_BTD = stream(x_BTD, cache)
+        x_BTD, cache = Blocks(config, self.compute, name="blocks")(
             x_BTD, positions_BT, cache, lengths_B, dropout_key
         )
         if only_last:
@@ -50,23 +53,25 @@ class GptOss(nn.Module):
         x_BTD = RMSNorm(config, name="norm_f")(x_BTD)
         tied = config.tie_word_embeddings
         head_VD = wte_VD if tied else Table("kernel", size, normal, name="lm_head")()
-        return unembed(x_BTD, head_VD), cache
+        return x_BTD if only_hidden else unembed(x_BTD, head_VD), cache
 
 
 class Blocks(nn.Module):
     """The residual stream through every block, "0" to "L-1"; the angles of the positions are the same in all."""
 
     config: GptOssConfig
+    compute: Compute
 
     @nn.compact
     def __call__(self, x_BTD, positions_BT, cache, lengths_B, dropout_key):
+        block_of = remat(Block, self.compute)
         turns = rotary.tables(self.config, positions_BT)
         L = self.config.num_hidden_layers
         keys = [None] * L if dropout_key is None else jax.random.split(dropout_key, L)
         pasts = []
         for layer, (window, key) in enumerate(zip(self.config.windows, keys, strict=True)):
             past = None if cache is None else cache.layer(layer)
-            block = Block(self.config, window, name=str(layer))
+            block = block_of(self.config, window, self.compute.attention, name=str(layer))
             x_BTD, past = block(x_BTD, positions_BT, turns, past, lengths_B, key)
             pasts.append(past)
         return x_BTD, None if cache is None else KVCache.of(pasts)
@@ -75,15 +80,17 @@ class Blocks(nn.Module):
 class Block(nn.Module):
     config: GptOssConfig
     window: int | None
+    attention: str
 
     @nn.compact
     def __call__(self, x_BTD, positions_BT, turns, past, lengths_B, dropout_key):
-        attention = Attention(self.config, self.window, name="attn")
+        attention = Attention(self.config, self.window, self.attention, name="attn")
         y_BTD = RMSNorm(self.config, name="norm_1")(x_BTD)
         y_BTD, cached = attention(y_BTD, positions_BT, turns, past, lengths_B, dropout_key)
-        x_BTD = x_BTD + y_BTD
+        x_BTD = stream(x_BTD + residual(y_BTD), past)
         y_BTD = RMSNorm(self.config, name="norm_2")(x_BTD)
-        return x_BTD + MoE(self.config, name="moe")(y_BTD), cached
+        y_BTD = residual(MoE(self.config, name="moe")(y_BTD))
+        return stream(x_BTD + y_BTD, past), cached
 
 
 class Attention(nn.Module):
@@ -91,6 +98,7 @@ class Attention(nn.Module):
 
     config: GptOssConfig
     window: int | None
+    implementation: str
 
     @nn.compact
     def __call__(self, x_BTD, positions_BT, turns, past, lengths_B, dropout_key):
@@ -112,6 +120,7 @@ class Attention(nn.Module):
             sinks_N=self.param("sinks", nn.initializers.normal(std), (N,)),
             dropout_rate=config.attention_dropout,
             dropout_key=dropout_key,
+            implementation=self.implementation,
         )
         return Linear((N, H), (D,), std, name="out")(out_BTNH), cached
 

@@ -1,16 +1,57 @@
 """What the families share of Flax modules: parameters that are declared under the names of the model folder."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
+from core import sharding
 from core.layers import linear
 from core.quant import Int8
 
 Initializer = Callable[..., jax.Array]
+
+
+class Compute(NamedTuple):
+    """How a forward pass is computed; what it computes is the same.
+
+    `remat` is one of REMAT, `attention` one of `core.attention.IMPLEMENTATIONS`.
+    """
+
+    remat: str = "none"
+    attention: str = "xla"
+
+
+PLAIN = Compute()
+
+_SAVED = jax.checkpoint_policies
+REMAT: dict[str, Any] = {
+    "none": None,
+    "dots": _SAVED.dots_with_no_batch_dims_saveable,
+    "residual": _SAVED.save_only_these_names("residual"),
+    "full": _SAVED.nothing_saveable,
+}
+"""What a block keeps for its backward pass: everything; the results of products with weights; what attention and MLP
+add to the residual stream; its input alone. What is not kept is computed again."""
+
+
+def remat(block: Any, compute: Compute) -> Any:
+    """Returns the module class `block`, keeping what `compute` says."""
+    policy = REMAT[compute.remat]
+    return block if policy is None else nn.remat(block, policy=policy)
+
+
+def residual(y_BTD: jax.Array) -> jax.Array:
+    """Returns what is added to the residual stream, under the name by which REMAT keeps it."""
+    return checkpoint_name(y_BTD, "residual")
+
+
+def stream(x_BTD: jax.Array, cache: Any) -> jax.Array:
+    """Returns the residual stream, which on several devices is cut along the batch; a decoder's stays where it is."""
+    return x_BTD if cache is not None else sharding.cut_batch(x_BTD)
 
 
 class Linear(nn.Module):
