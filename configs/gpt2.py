@@ -1,11 +1,11 @@
 """GPT-2 124M on OpenWebText, from scratch: nanoGPT's config/train_gpt2.py.
 
-    python -m train.prepare --dataset=openwebtext --text='openwebtext/*.txt' --tokenizer=gpt2
+    python -m train.prepare --dataset=openwebtext --hf_dataset=Skylion007/openwebtext --tokenizer=gpt2
     python -m train --config=configs/gpt2.py
 
 Half a million tokens an update (480 sequences of 1,024), 300 billion in all. nanoGPT reports a validation loss of
-about 2.85 after 4 days on 8 A100. This trainer uses one device: accumulation gives the same updates, more slowly. On
-less memory lower batch_size and raise gradient_accumulation_steps by the same factor.
+about 2.85 after 4 days on 8 A100. This trainer uses one device: accumulation gives the same updates, more slowly.
+On less memory lower batch_size and raise gradient_accumulation_steps by the same factor.
 """
 
 from ml_collections import config_dict

@@ -21,6 +21,7 @@ RUN_FILES = (
     "model",
     "loss.png",
     "tensorboard",
+    "wandb",
     "profile",
     METRICS_FILE,
 )

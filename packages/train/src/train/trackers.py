@@ -4,6 +4,7 @@ import importlib
 import netrc
 import os
 import secrets
+import sys
 from pathlib import Path
 from typing import Any, Self
 
@@ -58,6 +59,7 @@ def _start_wandb(config: TrainConfig, run_id: str) -> Any:
         "resume": "allow",
         "dir": config.out_dir,
         "config": config.to_dict(),
+        "settings": wandb.Settings(silent=not sys.stderr.isatty()),
     }
     mode = os.environ.get("WANDB_MODE") or (None if _has_wandb_key() else "offline")
     try:
