@@ -74,7 +74,7 @@ generate: .venv/.synced ## Continues PROMPT="..." with models/MODEL.
 batch: .venv/.synced ## Continues every prompt of INPUT=GLOB with models/MODEL into OUT=DIR.
 	@$(RUN) serve_batch --model=models/$(MODEL) --input="$$INPUT" --output="$$OUT" $(ARGS)
 
-bench: .venv/.synced .venv-peers/.synced ## Measures ours beside PyTorch; SUITE=ci|full|gpu (builds .venv-peers, 5 GB).
+bench: .venv/.synced .venv-peers/.synced .venv-peers/.llama-native ## Measures ours beside its peers; SUITE=ci|full|gpu (builds .venv-peers, 5 GB).
 	@$(RUN) bench --suite=$(SUITE) $(ARGS)
 
 env: .venv/.synced ## Prints versions, devices and pins, for a bug report.
@@ -115,6 +115,17 @@ PEERS_HAVE := jinja2 markupsafe numpy typing-extensions
 		&& echo "$(CURDIR)/$(@D)/llama" > "$$($(@D)/bin/python -c 'import site; print(*site.getsitepackages())')/llama.pth" \
 		&& touch $@ \
 		|| echo 'note: llama.cpp could not be compiled (it takes a C++ compiler); the comparisons with it are skipped'
+
+# For speed it is compiled for this very machine, as who compiles it would, in a folder that only the benchmark looks at,
+# with the processor's instructions beside it: elsewhere the benchmark passes it by. Not from uv's cache, which does not
+# tell the two apart.
+.venv-peers/.llama-native: requirements-llama.txt | .venv-peers/.synced
+	@echo 'compiling llama.cpp for this processor: some minutes, once'
+	@CMAKE_ARGS='-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF' $(UV) pip install -q --no-cache --python $(@D) \
+		--target $(@D)/llama-native --upgrade --no-deps --require-hashes -r $< \
+		&& .venv/bin/python -c 'from bench import machine; print(machine.instructions())' > $(@D)/llama-native/processor \
+		&& touch $@ \
+		|| echo 'note: llama.cpp could not be compiled (it takes a C++ compiler); the benchmark reports it as absent'
 
 .bootstrap/bin/uv:
 	@test -n "$(PYTHON)" || { echo 'error: no Python >= 3.11 found; install one or pass PYTHON=path' >&2; exit 1; }

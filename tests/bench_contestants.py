@@ -49,7 +49,7 @@ class Sleeper:
         return {"versions": {"sleeper": "1"}, "threads": 1, "device": "cpu"}
 
     def ceilings(self):
-        return {"gemm_flops_per_s": 1e9, "read_bytes_per_s": 2e9}
+        return {"gemm_float32_flops_per_s": 1e9, "read_bytes_per_s": 2e9}
 
     def prepare(self, workload, weights):
         print("a library that prints")
@@ -118,5 +118,5 @@ def program(name: str, code: str, *arguments: str) -> Contestant:
     )
 
 
-def sleeper(name: str, seconds: float, outputs: str = '{"tokens": [1, 2]}') -> Contestant:
+def sleeper(name: str, seconds: float, outputs: str = '{"tokens": [[1, 2]]}') -> Contestant:
     return program(name, SLEEPER, str(seconds), outputs)

@@ -26,7 +26,7 @@ def bench(*arguments: str, cwd, **env: str) -> subprocess.CompletedProcess[str]:
     ("arguments", "message"),
     [
         (["--suite=quick"], "should be one of <ci|full|gpu>"),
-        (["--only=decode-9B"], "matches none of forward-3.4M-t10, "),
+        (["--only=decode-9B"], "matches none of forward-3.4M-t128, "),
         (["--only=("], "is no regular expression"),
         (["--repeats=3"], "Unknown command line flag 'repeats'"),
         (["full"], "unexpected argument 'full'"),
@@ -73,13 +73,13 @@ def test_the_gpu_suite_without_a_gpu_is_one_line_and_exit_1(tmp_path):
 @pytest.mark.slow
 def test_without_torch_our_figures_stand_and_the_peers_are_reported_absent(tmp_path):
     done = bench(
-        "--only=forward-3.4M-t10$", "--out=results", cwd=tmp_path, **{PEERS_PYTHON: "absent"}
+        "--only=forward-3.4M-t128$", "--out=results", cwd=tmp_path, **{PEERS_PYTHON: "absent"}
     )
     assert done.returncode == 0, done.stderr
     assert (
         "torch eager not run: FLAXMILL_PEERS_PYTHON=absent is not a working Python" in done.stdout
     )
-    assert "gate: forward-3.4M-t10 not judged: torch eager: not run" in done.stdout
+    assert "gate: forward-3.4M-t128 not judged: torch eager: not run" in done.stdout
     results = json.loads((tmp_path / "results/results.json").read_text())
     assert [row["status"] for row in results["rows"]] == ["measured", "not run", "not run"]
     assert str(tmp_path) not in (tmp_path / "results/results.md").read_text()

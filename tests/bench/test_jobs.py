@@ -18,7 +18,7 @@ def ours() -> Contestant:
 
 
 def copiers() -> list[Contestant]:
-    return [c for c in contestants.contestants(device="cpu", threads=2) if "cp" in c.name]
+    return [c for c in contestants.contestants(device="cpu", threads=2) if c.name.startswith("cp ")]
 
 
 def measured(field, work) -> dict[str, driver.Row]:

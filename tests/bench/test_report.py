@@ -71,8 +71,8 @@ def found() -> report.Report:
             "HF generate": {"torch": "2.15"},
         },
         ceilings={
-            OURS: {"gemm_flops_per_s": 4e11, "read_bytes_per_s": 3e10},
-            "torch eager": {"gemm_flops_per_s": 2e11, "read_bytes_per_s": 4e10},
+            OURS: {"gemm_float32_flops_per_s": 4e11, "read_bytes_per_s": 3e10},
+            "torch eager": {"gemm_float32_flops_per_s": 2e11, "read_bytes_per_s": 4e10},
         },
         rows=ROWS,
         verdicts=gate.judge(ROWS, thresholds),
@@ -145,7 +145,7 @@ def test_the_terminal_shows_what_ran_what_did_not_and_the_verdict(found, capsys)
         "torch is not installed",
         "no C++ compiler",
         "1 failed",
-        "400 GFLOP/s",
+        "flaxmill 400, torch eager 200 GFLOP/s",
     ):
         assert text in shown
 

@@ -18,9 +18,9 @@ EVERY = {w.name: w for suite in SUITES.values() for w in suite}
 def test_a_name_means_one_workload(suite):
     names = [w.name for w in SUITES[suite]]
     assert len(names) == len(set(names))
-    # Suites may differ in how often they look, never in what a name means.
+    # Suites may differ in how often they look and in who takes part, never in what a name means.
     for w in SUITES[suite]:
-        assert dataclasses.replace(EVERY[w.name], rounds=w.rounds) == w
+        assert dataclasses.replace(EVERY[w.name], rounds=w.rounds, without=w.without) == w
 
 
 @pytest.mark.parametrize("workload", EVERY.values(), ids=str)
@@ -30,7 +30,8 @@ def test_a_workload_fits_its_model_and_survives_json(workload: Workload):
     assert len(tokens) == workload.batch
     assert {len(row) for row in tokens} == {workload.length + (workload.kind == "train")}
     assert all(0 <= token < workload.shape.vocab_size for row in tokens for token in row)
-    assert workload.length + workload.new_tokens <= workload.shape.n_positions
+    # The last token is produced and not fed.
+    assert workload.length + max(workload.new_tokens - 1, 0) <= workload.shape.n_positions
 
 
 def test_every_process_draws_the_same_tokens():
@@ -69,6 +70,44 @@ def test_decode_at_batch_one_is_bound_by_reading_the_weights():
     assert floor_s is not None
     weights_s = 32 * 494e6 / 40e9
     assert weights_s < floor_s < 1.2 * weights_s
+
+
+def test_narrow_weights_are_read_in_less_time_and_multiplied_at_their_own_rate():
+    floors = {
+        w.precision: w.floor_s(flops_per_s=1e15, bytes_per_s=40e9)
+        for w in EVERY.values()
+        if w.name.startswith("decode-124M-b8-n64")
+    }
+    exact, half, whole = (floors[p] for p in ("float32", "bfloat16", "int8"))
+    assert exact is not None
+    assert half is not None
+    assert whole is not None
+    assert half == pytest.approx(exact / 2)
+    assert exact / 4 < whole < half  # its cache is as wide as bfloat16's
+
+
+def test_a_token_of_the_20b_reads_four_experts_of_each_layer():
+    # Of 24 layers: 4 of 32 experts with 3 x 2880^2 weights in 17 / 32 bytes each; attention, router and head in two.
+    read = shapes.GPT_OSS_20B.weight_bytes(1, "bfloat16")
+    attention = 24 * 2880 * (64 * 64 + 2 * 8 * 64 + 64 * 64 + 32)
+    assert read == 24 * 4 * 3 * 2880**2 * 17 / 32 + 2 * (attention + 201088 * 2880)
+    assert read == pytest.approx(3.7e9, rel=0.05)
+    assert shapes.GPT_OSS_20B.weight_bytes(99, "bfloat16") < shapes.nbytes(shapes.GPT_OSS_20B)
+
+
+@pytest.mark.parametrize("workload", [w for w in EVERY.values() if w.kind == "serve"], ids=str)
+def test_served_requests_have_heavy_tails_and_as_many_tokens_as_equal_ones(workload: Workload):
+    tailed, even = workload.served(), workload.served(is_even=True)
+    assert len(tailed) == len(even) == workload.requests
+    for requests in (tailed, even):
+        assert sum(new for _, new in requests) == workload.total_tokens
+        assert sum(len(p) for p, _ in requests) == workload.requests * workload.length
+        assert all(len(p) + new <= workload.shape.n_positions for p, new in requests)
+    news = sorted(new for _, new in tailed)
+    assert news[0] >= 1
+    assert news[-1] > 3 * workload.new_tokens
+    assert news[len(news) // 2] < 0.8 * workload.new_tokens
+    assert workload.prompts() == [prompt for prompt, _ in tailed]
 
 
 def test_limits_that_were_not_measured_are_not_claimed():

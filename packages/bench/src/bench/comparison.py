@@ -11,6 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 TOLERANCE = 1e-3
+# Of the root mean square of the differences to that of the numbers themselves, where fewer bits are computed with.
+RELATIVE_TOLERANCE = {"bfloat16": 0.1, "int8": 0.3}
+# How far below the best token's logit a greedy choice may lie, in standard deviations of the logits: what rounding
+# can do, and no wrong model (a token taken at random lies four below).
+SHORTFALL = {"float32": 1e-3, "bfloat16": 0.3, "int8": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,22 +63,56 @@ class Agreement:
     complaint: str = ""
 
 
-def agreement(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Agreement:
-    """Compares what two contestants computed: integers exactly, floats to `TOLERANCE`."""
-    if ours.keys() != theirs.keys():
+def agreement(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], precision: str = "float32"
+) -> Agreement:
+    """Compares what two contestants computed, as far as both did: integers exactly, floats to `TOLERANCE`.
+
+    At a precision below float32, floats are compared as a whole, by `RELATIVE_TOLERANCE`.
+    """
+    common = [name for name in ours if name in theirs]
+    if not common:
         return Agreement(math.inf, f"computed {sorted(theirs)} instead of {sorted(ours)}")
     worst = 0.0
-    for name in ours:
+    for name in common:
         a, b = _flat(ours[name]), _flat(theirs[name])
         if len(a) != len(b):
             return Agreement(math.inf, f"{name}: {len(b)} values instead of {len(a)}")
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            difference = abs(x - y)
-            exact = isinstance(x, int) and isinstance(y, int)
-            # Not `difference > tolerance`: a NaN must not pass.
-            if not difference <= (0 if exact else TOLERANCE):
-                return Agreement(difference, f"{name}[{i}] is {y:.6g} instead of {x:.6g}")
-            worst = max(worst, float(difference))
+        is_rounded = precision in RELATIVE_TOLERANCE and any(isinstance(x, float) for x in a)
+        found = _rounded(name, a, b, precision) if is_rounded else _numbers(name, a, b)
+        if found.complaint:
+            return found
+        worst = max(worst, found.difference)
+    return Agreement(worst)
+
+
+def _numbers(name: str, a: Sequence[float], b: Sequence[float]) -> Agreement:
+    worst = 0.0
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        difference = abs(x - y)
+        exact = isinstance(x, int) and isinstance(y, int)
+        # Not `difference > tolerance`: a NaN must not pass.
+        if not difference <= (0 if exact else TOLERANCE):
+            return Agreement(difference, f"{name}[{i}] is {y:.6g} instead of {x:.6g}")
+        worst = max(worst, float(difference))
+    return Agreement(worst)
+
+
+def _rounded(name: str, a: Sequence[float], b: Sequence[float], precision: str) -> Agreement:
+    off = math.hypot(*(x - y for x, y in zip(a, b, strict=True))) / math.hypot(*a)
+    if not off <= RELATIVE_TOLERANCE[precision]:
+        return Agreement(off, f"{name} are off by {off:.2g} of their size")
+    return Agreement(off)
+
+
+def judged(shortfalls: Sequence[float], precision: str) -> Agreement:
+    """Returns whether greedy tokens are this model's, by how far each lies below the best in float32.
+
+    Two that round differently may choose differently where two tokens are close, and go different ways from there.
+    """
+    worst = max(shortfalls)
+    if not worst <= SHORTFALL[precision]:
+        return Agreement(worst, f"a token lies {worst:.2g} deviations below the likeliest one")
     return Agreement(worst)
 
 

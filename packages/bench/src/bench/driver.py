@@ -19,11 +19,12 @@ from bench.peers.contestants import Contestant
 from bench.peers.process import Worker, WorkerError
 from bench.peers.protocol import Usage
 from bench.shapes import AnyShape
-from bench.workloads import Kind, Workload
+from bench.workloads import OWN_PROCESS, Kind, Workload
 
 Status = Literal["measured", "wrong", "failed", "not run"]
 
-COMPUTES: frozenset[Kind] = frozenset({"forward", "prefill", "decode", "train"})
+COMPUTES: frozenset[Kind] = frozenset({"forward", "prefill", "decode", "serve", "train"})
+JUDGED_ROWS = 8  # of those whose tokens are not the reference's
 
 TURN_S = 0.3  # long enough that the clock and the first cold call weigh nothing
 MAX_REPEATS = 100
@@ -32,6 +33,7 @@ PATIENCE_S = 60.0  # for the turns of one workload; beyond it, no more rounds th
 LEAST_ROUNDS = 3
 SLOWEST_BYTES_PER_S = 60e6  # of whoever reads and writes a checkpoint; below it, it hangs
 SPARE_BYTES = 10**9  # of the disk, left to others
+GIANT_SPARE_BYTES = 3 * 10**9  # of the memory, beside the model's pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Row:
 
     "wrong" disagrees with the reference, "failed" broke, "not run" has no environment; `reason` says more. `neighbours`
     is the share of all cores that others used meanwhile: on a busy machine threads that wait for each other starve.
-    Work that has a process of its own has `usages` too, one for each call of the turns.
+    Work that has a process of its own has `usages` too, one for each call of the turns. `facts` are numbers by name
+    that are told beside the figure.
     """
 
     workload: Workload
@@ -66,6 +69,7 @@ class Row:
     turns: tuple[tuple[float, ...], ...] = ()
     usages: tuple[Usage, ...] = ()
     shared: Shared | None = None
+    facts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def memory_bytes(self) -> int | None:
@@ -165,11 +169,22 @@ class Field:
             needed += workload.source_bytes
         if workload.kind == "convert" or not (place / "flaxmill").exists():
             needed += written
+        if workload.kind == "giant" and not (place / "gguf").exists():
+            needed += workload.source_bytes
         self._weights.mkdir(parents=True, exist_ok=True)
         free = min(shutil.disk_usage(path).free for path in (self._weights, self._scratch))
-        if free >= needed:
-            return ""
-        return f"needs {needed / 1e9:.1f} GB of the disk, {free / 1e9:.1f} GB free"
+        if free < needed:
+            return f"needs {needed / 1e9:.1f} GB of the disk, {free / 1e9:.1f} GB free"
+        if workload.kind == "giant":
+            return _short_of_memory(workload)
+        return ""
+
+
+def _short_of_memory(workload: Workload) -> str:
+    needed, free = workload.source_bytes + GIANT_SPARE_BYTES, machine.free_memory_bytes()
+    if free >= needed:
+        return ""
+    return f"needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB free"
 
 
 def ceilings(field: Field) -> dict[str, dict[str, float]]:
@@ -192,7 +207,9 @@ def measure(field: Field, workload: Workload, advance: Callable[[str], None]) ->
 
 
 def entrants(field: Field, workload: Workload) -> list[Contestant]:
-    return [c for c in field.contestants if workload.kind in c.kinds]
+    return [
+        c for c in field.contestants if workload.kind in c.kinds and c.name not in workload.without
+    ]
 
 
 def steps(field: Field, workload: Workload) -> int:
@@ -218,6 +235,7 @@ class _Race:
             c.name: Row(workload=workload, contestant=c.name, status="not run", reason=reason)
             for c, reason in reasons.items()
         }
+        self.judge: Contestant | None = None
         self.more_s = 0.0
         if workload.kind not in COMPUTES:  # some read and write a checkpoint a few times over
             self.more_s = 4 * workload.output_bytes / SLOWEST_BYTES_PER_S
@@ -229,6 +247,7 @@ class _Race:
             with self._reported(contestant):
                 outputs = self._prepare(contestant)
                 reference = reference or outputs
+                self.judge = self.judge or contestant
                 self._check(contestant, reference, outputs)
                 self.repeats[contestant] = self._repeats(contestant)
         neighbours, deadline = machine.Neighbours(), time.monotonic() + self.field.patience_s
@@ -253,7 +272,9 @@ class _Race:
         try:
             yield
         except (WorkerError, _Disagreement) as error:
-            status = "failed" if isinstance(error, WorkerError) else "wrong"
+            is_broken = isinstance(error, WorkerError)
+            is_unable = isinstance(error, WorkerError) and error.unable
+            status = "not run" if is_unable else "failed" if is_broken else "wrong"
             self._set(contestant, status=status, reason=str(error), turns=(), usages=())
             self.repeats.pop(contestant, None)
 
@@ -268,19 +289,41 @@ class _Race:
             weights=str(self.field.weights(self.workload.shape)),
         )
         self._set(contestant, first_call_s=answer["first_call_s"])
-        return self._ask(contestant, "outputs")
+        outputs = self._ask(contestant, "outputs")
+        self._set(contestant, facts=outputs.pop("facts", {}))
+        return outputs
 
     def _check(
         self, contestant: Contestant, reference: Mapping[str, Any], outputs: Mapping[str, Any]
     ) -> None:
-        found = comparison.agreement(reference, outputs)
+        found = comparison.agreement(reference, outputs, self.workload.precision)
+        is_rounded = self.workload.precision != "float32"
+        if (found.complaint or is_rounded) and "tokens" in reference and "tokens" in outputs:
+            found = self._judged(contestant, reference["tokens"], outputs["tokens"]) or found
         if found.complaint:
             raise _Disagreement(found.complaint)
         self._set(contestant, difference=found.difference)
 
+    def _judged(
+        self, contestant: Contestant, known: list[list[int]], found: list[list[int]]
+    ) -> comparison.Agreement | None:
+        """Lets the first contestant look at tokens that differ, or were rounded; None where it cannot judge them."""
+        if self.judge is None or [len(row) for row in known] != [len(row) for row in found]:
+            return None
+        differing = [i for i, row in enumerate(found) if row != known[i]]
+        prompts, chosen = self.workload.prompts(), differing or range(len(found))
+        rows = [[prompts[i], found[i]] for i in chosen[:JUDGED_ROWS]]
+        try:
+            answer = self._ask(self.judge, "judge", rows=rows)
+        except WorkerError:
+            return None
+        facts = {**self.rows[contestant.name].facts, "rows_that_differ": len(differing)}
+        self._set(contestant, facts=facts)
+        return comparison.judged(answer["shortfalls"], self.workload.precision)
+
     def _repeats(self, contestant: Contestant) -> int:
-        if self.workload.kind in ("load", "convert"):
-            return 1  # a process of its own each time: there is nothing to warm up
+        if self.workload.kind in OWN_PROCESS:
+            return 1
         (once_s,) = self._ask(contestant, "run", repeats=1, warm=False)["seconds"]
         return min(MAX_REPEATS, math.ceil(self.field.turn_s / once_s))
 

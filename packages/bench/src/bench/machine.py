@@ -1,6 +1,7 @@
 """The machine under the benchmark, in words, and how busy others keep it."""
 
 import contextlib
+import hashlib
 import os
 import platform
 import time
@@ -66,6 +67,16 @@ def ours_s() -> float:
         with contextlib.suppress(psutil.Error):  # gone in the meantime
             total += sum(process.cpu_times()[:4])  # of its own, and of its children that have ended
     return total
+
+
+def instructions() -> str:
+    """Returns a hash of what this processor can execute: of another one, compiled code may not run here."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = [platform.processor() or platform.machine()]
+    known = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
+    return hashlib.sha256(" ".join(sorted(known.split())).encode()).hexdigest()[:16]
 
 
 def _cpu() -> str:

@@ -71,7 +71,8 @@ class Report:
 
     def ceiling(self, name: str) -> float | None:
         """Returns the best rate that anyone reached."""
-        return max((rates[name] for rates in self.ceilings.values()), default=None)
+        found = [rates[name] for rates in self.ceilings.values() if name in rates]
+        return max(found, default=None)
 
     def speedup(self, row: Row) -> comparison.Spread | None:
         """Returns how many times as fast as this row's contestant we are; None where there is no such figure."""
@@ -86,7 +87,8 @@ class Report:
 
     def share_of_limit(self, row: Row) -> float | None:
         """Returns the least time this machine needs for the workload as a share of the time taken."""
-        flops, read = self.ceiling("gemm_flops_per_s"), self.ceiling("read_bytes_per_s")
+        flops = self.ceiling(f"gemm_{row.workload.precision}_flops_per_s")
+        read = self.ceiling("read_bytes_per_s")
         if row.status != "measured" or not flops or not read:
             return None
         floor_s = row.workload.floor_s(flops_per_s=flops, bytes_per_s=read)
@@ -306,6 +308,11 @@ def _processes(report: Report) -> list[str]:
             if row.shared
         ]
         lines += [
+            f"{workload.name}: {row.contestant}: {', '.join(_told(row))}"
+            for row in rows
+            if _told(row)
+        ]
+        lines += [
             f"{workload.name}: {row.contestant} had {_short(read / 1e9)} GB from the disk, not from the cache"
             for row in rows
             if (read := max((u.disk_bytes for u in row.usages), default=0))
@@ -314,13 +321,37 @@ def _processes(report: Report) -> list[str]:
     return lines
 
 
+def _told(row: Row) -> list[str]:
+    """Returns what is known of a row beyond its figure: parts of its time, and facts."""
+    parts = [usage.parts_s for usage in row.usages]
+    names = dict.fromkeys(name for part in parts for name in part)
+    medians = {name: statistics.median(part[name] for part in parts) for name in names}
+    told = [f"{name} {_short(seconds)} s" for name, seconds in medians.items()]
+    if "prompt" in medians:
+        told.append(f"prompt at {_short(row.workload.length / medians['prompt'])} tokens/s")
+    if row.workload.kind == "giant" and row.turns:
+        told.append(f"{_short(1 / figure(row).value)} s a token")
+    for name, value in row.facts.items():
+        if name == "slot_utilisation":
+            told.append(f"slots in use {value:.1%} of the time")
+        elif name == "rows_that_differ" and value:
+            told.append(f"{value:.0f} of its rows go another way where tokens are level")
+    return told
+
+
 def _limits(report: Report) -> list[str]:
-    flops, read = report.ceiling("gemm_flops_per_s"), report.ceiling("read_bytes_per_s")
-    if not flops or not read:
-        return []
-    return [
-        f"limits measured in this run: {flops / 1e9:.0f} GFLOP/s in float32 products, {read / 1e9:.0f} GB/s from memory"
-    ]
+    """Returns the highest rates that were measured, and who reached them in products."""
+    parts = []
+    for precision, unit in (("float32", "GFLOP/s"), ("bfloat16", "GFLOP/s"), ("int8", "GOP/s")):
+        name = f"gemm_{precision}_flops_per_s"
+        rates = {who: r[name] for who, r in report.ceilings.items() if name in r}
+        if rates:
+            told = ", ".join(f"{who} {rate / 1e9:,.0f}" for who, rate in rates.items())
+            parts.append(f"{precision} products {told} {unit}")
+    for name, threads in (("read_1_thread_bytes_per_s", "one thread"), ("read_bytes_per_s", "all")):
+        if rate := report.ceiling(name):
+            parts.append(f"{rate / 1e9:.0f} GB/s from memory with {threads}")
+    return [f"limits measured in this run: {'; '.join(parts)}"] if parts else []
 
 
 def _remarks(report: Report) -> list[str]:

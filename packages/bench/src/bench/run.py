@@ -16,6 +16,8 @@ from bench.peers.process import WorkerError
 from bench.workloads import Workload
 from core.errors import FlaxmillError
 
+PATIENCE_S = {"ci": 15.0}  # for the turns of one workload, where it is not the driver's
+
 
 class BenchError(FlaxmillError):
     """The benchmark cannot begin, or found what must fail it; the text says what."""
@@ -77,7 +79,11 @@ def _measured(
     with scratch_place as folder, _progress() as show:
         scratch = Path(folder)
         env = environment(os.environ, device=device, threads=machine.threads(), scratch=scratch)
-        with Field(everyone, env=env, scratch=scratch, logs=logs, kept=kept) as field:
+        patience_s = PATIENCE_S.get(suite, driver.PATIENCE_S)
+        field_ = Field(
+            everyone, env=env, scratch=scratch, logs=logs, kept=kept, patience_s=patience_s
+        )
+        with field_ as field:
             if device == "cuda":
                 _require_gpu(field, everyone[0])
             # Before and after: whoever disturbs one of them does not make the limits lower than they are.
@@ -101,7 +107,7 @@ def best(looks: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, fl
     best: dict[str, dict[str, float]] = {}
     for contestant, rates in (item for look in looks for item in look.items()):
         known = best.setdefault(contestant, rates)
-        best[contestant] = {name: max(rate, known[name]) for name, rate in rates.items()}
+        best[contestant] = {**known, **{k: max(v, known.get(k, v)) for k, v in rates.items()}}
     return best
 
 

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 ITEM_BYTES = {"F32": 4, "BF16": 2, "U8": 1}
+# A weight's and a number of the cache's bytes at each precision; beside int8 weights the cache is bfloat16.
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+CACHE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 2}
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 """Names, in the order of the file, with safetensors' word for the type and the shape."""
@@ -82,6 +85,29 @@ class Shape:
         """Weights that every token is multiplied with: the blocks' matrices and the tied head."""
         return 12 * self.n_layer * self.n_embd**2 + self.vocab_size * self.n_embd
 
+    @property
+    def head_elements(self) -> int:
+        return self.vocab_size * self.n_embd
+
+    def weight_bytes(self, rows: int, precision: str) -> float:
+        """Returns what a pass of so many rows reads of the weights."""
+        return WEIGHT_BYTES[precision] * self.matrix_elements
+
+    @property
+    def row_elements(self) -> int:
+        """Weights that one row is multiplied with."""
+        return self.matrix_elements
+
+    @property
+    def attention_width(self) -> int:
+        """Numbers of all layers that a query has, and that are multiplied with each position's key and value."""
+        return self.n_layer * self.n_embd
+
+    @property
+    def cache_elements(self) -> int:
+        """Numbers that the cache holds of one position."""
+        return 2 * self.n_layer * self.n_embd
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GptOssShape:
@@ -96,6 +122,7 @@ class GptOssShape:
     n_kv_head: int = 8
     head_dim: int = 64
     n_positions: int = 131072
+    experts_per_token: int = 4
     family: str = "gpt_oss"
 
     def hf_config(self) -> dict[str, Any]:
@@ -105,7 +132,7 @@ class GptOssShape:
             "architectures": ["GptOssForCausalLM"],
             "attention_bias": True,
             "attention_dropout": 0.0,
-            "experts_per_token": 4,
+            "experts_per_token": self.experts_per_token,
             "head_dim": self.head_dim,
             "hidden_act": "silu",
             "hidden_size": self.width,
@@ -115,7 +142,7 @@ class GptOssShape:
             "layer_types": (["sliding_attention", "full_attention"] * self.n_layer)[: self.n_layer],
             "max_position_embeddings": self.n_positions,
             "num_attention_heads": self.n_head,
-            "num_experts_per_tok": 4,
+            "num_experts_per_tok": self.experts_per_token,
             "num_hidden_layers": self.n_layer,
             "num_key_value_heads": self.n_kv_head,
             "num_local_experts": self.n_experts,
@@ -202,6 +229,38 @@ class GptOssShape:
         """What the experts' kernels take more in bfloat16 than in MXFP4: 32 numbers in 64 bytes, or in 17."""
         return 3 * self.n_layer * self.n_experts * self.width**2 // 32 * (64 - 17)
 
+    @property
+    def _shared_elements(self) -> int:
+        """Weights of the blocks that every row is multiplied with: attention and the router."""
+        heads = 2 * (self.n_head + self.n_kv_head) * self.head_dim
+        return self.n_layer * self.width * (heads + self.n_experts)
+
+    @property
+    def head_elements(self) -> int:
+        return self.vocab_size * self.width
+
+    @property
+    def row_elements(self) -> int:
+        """Weights that one row is multiplied with."""
+        experts = 3 * self.n_layer * self.experts_per_token * self.width**2
+        return self._shared_elements + experts + self.head_elements
+
+    def weight_bytes(self, rows: int, precision: str) -> float:
+        """Returns what a pass of so many rows reads of the weights: experts are MXFP4, the rest is bfloat16."""
+        chosen = min(self.n_experts, self.experts_per_token * rows)
+        experts = 3 * self.n_layer * chosen * self.width**2
+        return 2 * (self._shared_elements + self.head_elements) + 17 / 32 * experts
+
+    @property
+    def attention_width(self) -> int:
+        """Numbers of all layers that a query has, and that are multiplied with each position's key and value."""
+        return self.n_layer * self.n_head * self.head_dim
+
+    @property
+    def cache_elements(self) -> int:
+        """Numbers that the cache holds of one position."""
+        return 2 * self.n_layer * self.n_kv_head * self.head_dim
+
 
 AnyShape = Shape | GptOssShape
 
@@ -250,5 +309,17 @@ NANOGPT_CPU = Shape(
 
 GPT_OSS_20B = GptOssShape(name="20B", n_layer=24, n_experts=32)
 GPT_OSS_20B_8 = GptOssShape(name="20B-8layers", n_layer=8, n_experts=32)
+# The same blocks, so small that what is around the products weighs as much as they do.
+GPT_OSS_TINY = GptOssShape(
+    name="gpt-oss-tiny",
+    n_layer=4,
+    n_experts=8,
+    vocab_size=4096,
+    width=256,
+    n_head=8,
+    n_kv_head=2,
+    head_dim=32,
+    n_positions=4096,
+)
 # What of the 20B fits into a short run: two of its layers, a quarter of the experts, a twentieth of the vocabulary.
 GPT_OSS_CUT = GptOssShape(name="20B-cut", n_layer=2, n_experts=8, vocab_size=10240)

@@ -11,13 +11,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, get_args
 
 from bench import machine, workloads
 from bench.peers.process import BENCH, command
 from bench.shapes import GptOssShape
 from bench.workloads import Workload
 
-OURS = "flaxmill"
+OURS, STATIC_BATCH = "flaxmill", "flaxmill, equal lengths"
+EVERYTHING: frozenset[workloads.Kind] = frozenset(get_args(workloads.Kind))
 PEERS_PYTHON = "FLAXMILL_PEERS_PYTHON"
 
 
@@ -41,33 +43,95 @@ class Contestant:
 
 def contestants(*, device: str, threads: int) -> tuple[Contestant, ...]:
     """Returns everyone, ours first; those that cannot run here say why."""
-    ours = command(Path(sys.executable), "bench.peers.ours")
     python, absent = peers_python()
 
-    def peer(name: str, mode: str, *kinds: workloads.Kind) -> Contestant:
-        start = command(python, "bench.peers.pytorch", mode, device, str(threads)) if python else ()
-        return Contestant(name=name, kinds=frozenset(kinds), command=start, absent=absent)
+    def peer(name: str, module: str, *arguments: str, **values: Any) -> Contestant:
+        start = command(python, f"bench.peers.{module}", *arguments) if python else ()
+        return Contestant(**{"name": name, "command": start, "absent": absent} | values)
+
+    def torch(name: str, mode: str, *kinds: workloads.Kind) -> Contestant:
+        kinds_ = frozenset(kinds)
+        arguments = (mode, device, str(threads))
+        return peer(name, "pytorch", *arguments, kinds=kinds_, refuses=_unfit_for_torch)
 
     return (
-        Contestant(
-            name=OURS,
-            kinds=frozenset({"forward", "prefill", "decode", "train", "open", "load", "convert"}),
-            command=ours,
-        ),
-        peer("torch eager", "eager", "forward", "train", "open"),
-        peer("torch.compile", "compile", "forward", "train"),
-        peer("HF generate", "eager", "prefill", "decode"),
-        Contestant(
-            name="transformers",
+        _ours(OURS, "engine", *EVERYTHING),
+        _ours(STATIC_BATCH, "static", "serve"),
+        torch("torch eager", "eager", "forward", "train", "open", "import"),
+        torch("torch.compile", "compile", "forward", "train", "compile"),
+        torch(workloads.GENERATE, "eager", "prefill", "decode", "serve", "start"),
+        torch(workloads.COMPILED, "compile", "decode"),
+        _llama(peer, python, device=device, threads=threads),
+        _ctranslate(peer, python, device=device, threads=threads),
+        peer(
+            "transformers",
+            "jobs",
+            "transformers",
             kinds=frozenset({"load", "convert"}),
-            command=command(python, "bench.peers.jobs", "transformers") if python else (),
-            absent=absent,
             refuses=_unfit_for_transformers,
         ),
         _copier("cp + sha256sum"),
         _copier("cp + sync + sha256sum"),
         _copier("cp + sync + openssl"),
     )
+
+
+def _ours(name: str, mode: str, *kinds: workloads.Kind) -> Contestant:
+    start = command(Path(sys.executable), "bench.peers.ours", mode)
+    return Contestant(name=name, kinds=frozenset(kinds), command=start)
+
+
+def _llama(
+    peer: Callable[..., Contestant], python: Path | None, *, device: str, threads: int
+) -> Contestant:
+    """Returns llama.cpp: compiled for this very machine where that was done, else for any."""
+    folder, absent = _llama_folder(python)
+    return peer(
+        workloads.LLAMA,
+        "llama",
+        str(folder or ""),
+        str(threads),
+        sys.executable,
+        kinds=frozenset({"prefill", "decode", "serve", "start", "import", "giant"}),
+        **_beyond(absent, device),
+    )
+
+
+def _llama_folder(python: Path | None) -> tuple[Path | None, str]:
+    """Returns the folder that holds llama.cpp's package, None where it is installed, and why there is none."""
+    if python is None:
+        return None, ""
+    for name in ("llama-native", "llama"):
+        folder = python.parents[1] / name
+        if (folder / "llama_cpp").is_dir():
+            made_for = folder / "processor"
+            if name == "llama-native" and (
+                not made_for.exists() or made_for.read_text().strip() != machine.instructions()
+            ):
+                continue
+            return folder, ""
+    return None, _missing(python, "llama_cpp")
+
+
+def _ctranslate(
+    peer: Callable[..., Contestant], python: Path | None, *, device: str, threads: int
+) -> Contestant:
+    absent = _missing(python, "ctranslate2") if python else ""
+    return peer(
+        workloads.CTRANSLATE,
+        "ctranslate",
+        str(threads),
+        kinds=frozenset({"prefill", "decode", "import"}),
+        refuses=_unfit_for_ctranslate,
+        **_beyond(absent, device),
+    )
+
+
+def _beyond(absent: str, device: str) -> dict[str, str]:
+    """Returns the reason why a peer of the CPU's is absent, if there is one."""
+    if device != "cpu":
+        return {"absent": "is measured on a CPU only"}
+    return {"absent": absent} if absent else {}
 
 
 def _copier(name: str) -> Contestant:
@@ -80,6 +144,20 @@ def _copier(name: str) -> Contestant:
         absent=f"there is no {missing[0]} here" if missing else "",
         refuses=_unfit_for_copying,
     )
+
+
+def _unfit_for_torch(workload: Workload) -> str:
+    if workload.precision == "int8":
+        return "transformers has no int8 for a GPT-2 on a CPU"
+    if isinstance(workload.shape, GptOssShape) and workload.kind == "start":
+        return "is measured with GPT-2"
+    return ""
+
+
+def _unfit_for_ctranslate(workload: Workload) -> str:
+    if isinstance(workload.shape, GptOssShape):
+        return "has no converter for GPT-OSS"
+    return ""
 
 
 def _unfit_for_copying(workload: Workload) -> str:
@@ -115,9 +193,10 @@ def peers_python() -> tuple[Path | None, str]:
     return None, "torch is not installed (make bench builds .venv-peers)"
 
 
-def _missing(python: Path) -> str:
-    """Says what keeps the peers from running in `python`; the empty string if nothing does."""
-    probe = "import importlib.util as u; print(*[m for m in ('torch', 'transformers') if not u.find_spec(m)])"
+def _missing(python: Path, *modules: str) -> str:
+    """Says what keeps what needs these modules from running in `python`; the empty string if nothing does."""
+    modules = modules or ("torch", "transformers")
+    probe = f"import importlib.util as u; print(*[m for m in {modules} if not u.find_spec(m)])"
     try:
         answer = subprocess.run(
             [python, "-P", "-c", probe], capture_output=True, text=True, check=True, timeout=60

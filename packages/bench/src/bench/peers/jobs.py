@@ -67,6 +67,50 @@ class Conversion:
         return {"values": self.values}
 
 
+class Command:
+    """A task whose every call is a command, from its start to its end; the last line of its stdout may be JSON.
+
+    If that has "seconds", they are what counts, and "parts_s" are told apart. `outputs` are made of the JSON; by
+    default they are what it has of "tokens" and "counts". Files of the folder `reads` are read through before.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        outputs: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+        judge: Callable[[list[list[list[int]]]], list[float]] | None = None,
+        reads: Path | None = None,
+        fresh: Path | None = None,
+    ) -> None:
+        self.command, self.env, self.reads, self.fresh = command, env or {}, reads, fresh
+        self.judge = judge
+        self._outputs = outputs or (
+            lambda told: {k: told[k] for k in ("tokens", "counts") if k in told}
+        )
+        self.told: Mapping[str, Any] = {}
+
+    def call(self) -> Usage:
+        if self.reads:
+            _read_through(self.reads)
+        if self.fresh:
+            shutil.rmtree(self.fresh, ignore_errors=True)
+        with tempfile.TemporaryFile("w+") as stdout:
+            usage = run(self.command, env=self.env, stdout=stdout)
+            stdout.seek(0)
+            lines = stdout.read().strip().splitlines()
+        self.told = json.loads(lines[-1]) if lines else {}
+        return dataclasses.replace(
+            usage,
+            seconds=self.told.get("seconds", usage.seconds),
+            parts_s=self.told.get("parts_s", {}),
+        )
+
+    def outputs(self) -> Mapping[str, Any]:
+        return self._outputs(self.told) or {"counts": [0]}
+
+
 def samples(folder: Path, probes: Mapping[str, str]) -> list[int]:
     """Returns bytes from some places of the tensors `probes` names in our words and in Hugging Face's."""
     found: dict[str, tuple[Path, int, int]] = {}
@@ -98,7 +142,7 @@ def _places(path: Path) -> dict[str, tuple[Path, int, int]]:
 def _read_through(folder: Path) -> None:
     """Brings a folder's files into the page cache, where they fit."""
     chunk = bytearray(2**24)
-    for path in folder.iterdir():
+    for path in [folder] if folder.is_file() else folder.iterdir():
         with path.open("rb", buffering=0) as file:
             while file.readinto(chunk):
                 pass
@@ -203,8 +247,12 @@ class Transformers:
         return self.classes[workload.shape.family].from_pretrained(weights, **options)
 
 
-def run(*commands: Sequence[str]) -> Usage:
-    """Runs commands one after another and returns what they took together.
+def run(
+    *commands: Sequence[str],
+    env: Mapping[str, str] | None = None,
+    stdout: IO[str] | int = subprocess.DEVNULL,
+) -> Usage:
+    """Runs commands one after another, with `env` beside this process's, and returns what they took together.
 
     The word MARK in one is replaced by the number of a file to write the monotonic clock's nanoseconds to when what is
     to be counted begins; without it, everything is.
@@ -221,8 +269,9 @@ def run(*commands: Sequence[str]) -> Usage:
                 process = subprocess.Popen(
                     [str(writable) if word == "MARK" else word for word in command],
                     stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
+                    stdout=stdout,
                     stderr=errors,
+                    env={**os.environ, **(env or {})},
                     pass_fds=(writable,),
                 )
             mark = readable if "MARK" in command else None

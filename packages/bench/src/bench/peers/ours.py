@@ -1,7 +1,15 @@
-"""flaxmill, through the doors that its users take: `core.load`, `model.apply`, `Engine.complete`, `train.step`."""
+"""flaxmill, through the doors that its users take: `core.load`, `model.apply`, `Engine.complete`, `train.step`.
+
+python -m bench.peers.ours engine                     the contestant; `static` serves requests of equal lengths only
+python -m bench.peers.ours first FOLDER TOKENS        a process that tells how long its first forward pass takes
+python -m bench.peers.ours giant FOLDER WORKLOAD      a process that opens a large model, reads a prompt, goes on
+"""
 
 import functools
 import importlib.metadata
+import json
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,14 +20,21 @@ import numpy as np
 
 import convert
 import core
-from bench import machine
-from bench.peers import jobs, protocol
-from bench.workloads import Workload
+from bench import machine, shapes
+from bench.peers import jobs, process, protocol
+from bench.workloads import Precision, Workload
 from train import step
 from train.config import TrainConfig
 
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.bfloat16}
+
 
 class Flaxmill:
+    """`is_even`: requests of equal lengths take the place of those of heavy-tailed ones."""
+
+    def __init__(self, *, is_even: bool = False) -> None:
+        self.is_even = is_even
+
     def hello(self) -> dict[str, Any]:
         names = ("flaxmill-core", "jax", "flax")
         return {
@@ -30,38 +45,111 @@ class Flaxmill:
 
     def ceilings(self) -> dict[str, float]:
         a, b = jax.random.normal(jax.random.key(0), (2, 2048, 2048))
-        # A matrix-vector product reads each number once; 256 MiB are beyond any cache.
-        matrix, vector = jnp.ones((2**14, 2**12)), jnp.ones(2**12)
-        multiply = jax.jit(jnp.matmul)
+        whole = (100 * a).astype(jnp.int8), (100 * b).astype(jnp.int8)
+        # A matrix-vector product reads each number once; 512 MiB are what a model has, and beyond any cache.
+        matrix, vector = jnp.ones((2**14, 2**13)), jnp.ones(2**13)
+
+        def rate(a: jax.Array, b: jax.Array, wide: Any) -> float:
+            # Both are contracted on their last axis: XLA's fastest form of narrow types.
+            product = jax.jit(
+                lambda a, b: jax.lax.dot_general(
+                    a, b, (((1,), (1,)), ((), ())), preferred_element_type=wide
+                )
+            )
+            return 2 * 2048**3 / _fastest(lambda: product(a, b))
+
+        read = jax.jit(jnp.matmul)
         return {
-            "gemm_flops_per_s": 2 * 2048**3 / _fastest(lambda: multiply(a, b)),
-            "read_bytes_per_s": matrix.nbytes / _fastest(lambda: multiply(matrix, vector)),
+            "gemm_float32_flops_per_s": rate(a, b, jnp.float32),
+            "gemm_bfloat16_flops_per_s": rate(
+                a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), jnp.float32
+            ),
+            "gemm_int8_flops_per_s": rate(*whole, jnp.int32),
+            "read_bytes_per_s": matrix.nbytes / _fastest(lambda: read(matrix, vector)),
         }
 
     def prepare(self, workload: Workload, weights: Path) -> protocol.Task:
         jax.clear_caches()  # so that the first call compiles
-        if workload.kind == "convert":
-            flags = (f"--experts={workload.experts}",) if workload.shape.family == "gpt_oss" else ()
-            return jobs.Conversion(workload, weights, jobs.flaxmill(*flags))
+        match workload.kind:
+            case "convert":
+                is_gpt2 = isinstance(workload.shape, shapes.Shape)
+                flags = () if is_gpt2 else (f"--experts={workload.experts}",)
+                return jobs.Conversion(workload, weights, jobs.flaxmill(*flags))
+            case "import":
+                code = "import core; core.load; core.Engine"
+                return jobs.Command([sys.executable, "-P", "-c", code])
         folder = _converted(weights)
-        if workload.kind == "load":
-            return jobs.opening(folder)
-        task = {
-            "forward": Forward,
-            "prefill": Generate,
-            "decode": Generate,
-            "train": Train,
-            "open": Open,
-        }[workload.kind]
-        return task(workload, folder)
+        match workload.kind:
+            case "forward":
+                return Forward(workload, folder)
+            case "prefill" | "decode":
+                return Generate(workload, folder)
+            case "serve":
+                return Serve(workload, folder, is_even=self.is_even)
+            case "train":
+                return Train(workload, folder)
+            case "open":
+                return Open(workload, folder)
+            case "load":
+                return jobs.opening(folder)
+            case "start":
+                return _start(workload, folder)
+            case "compile":
+                arguments = ("first", str(folder), json.dumps(workload.tokens()))
+                start = process.command(Path(sys.executable), "bench.peers.ours", *arguments)
+                return jobs.Command(start, env=_cache() if workload.is_cached else {})
+            case "giant":
+                arguments = ("giant", str(folder), json.dumps(workload.to_dict()))
+                start = process.command(Path(sys.executable), "bench.peers.ours", *arguments)
+                return jobs.Command(start, reads=folder)
 
 
-def _converted(weights: Path) -> Path:
+def _converted(weights: Path, **options: Any) -> Path:
     """Returns our folder of a checkpoint, beside it, made when it is first needed."""
-    folder = weights.with_name("flaxmill")
+    folder = weights.with_name("-".join(["flaxmill", *map(str, options.values())]))
     if not folder.exists():
-        convert.convert(weights, out=folder, quiet=True)
+        convert.convert(weights, out=folder, quiet=True, **options)
     return folder
+
+
+def _engine(folder: Path, precision: Precision, *, slots: int) -> core.Engine:
+    """The one place where an engine is made."""
+    if precision == "int8":
+        source = folder.with_name("huggingface")
+        folder = _converted(source, dtype="bfloat16", quantization="int8")
+    dtype = DTYPES[precision]
+    model, params, _ = core.load(folder, dtype if precision == "bfloat16" else None)
+    return core.Engine(model, params, slots=slots, dtype=dtype)
+
+
+def _sampling(new_tokens: int) -> core.Sampling:
+    return core.Sampling(temperature=0, max_new_tokens=new_tokens, ignore_eos=True)
+
+
+def _cache() -> dict[str, str]:
+    """Returns the environment of a process that keeps what it compiles, however little, in this worker's folder."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(Path.cwd() / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+def _start(workload: Workload, folder: Path) -> jobs.Command:
+    (tokens,) = workload.tokens()
+    flags = (
+        f"--model={folder}",
+        f"--prompt_tokens={','.join(map(str, tokens))}",
+        f"--max_new_tokens={workload.new_tokens}",
+        "--temperature=0",
+        "--json",
+    )
+    return jobs.Command(
+        [sys.executable, "-P", "-m", "core.generate", *flags],
+        env=_cache(),
+        outputs=lambda told: {"tokens": [told["tokens"]]},
+        judge=lambda rows: _shortfalls(folder, rows),
+    )
 
 
 def _fastest(compute) -> float:
@@ -73,8 +161,9 @@ def _fastest(compute) -> float:
 
 class Forward:
     def __init__(self, workload: Workload, folder: Path) -> None:
-        model, self.params, _ = core.load(folder)
-        self.apply = jax.jit(model.apply)
+        dtype = DTYPES[workload.precision]
+        model, self.params, _ = core.load(folder, dtype)
+        self.apply = jax.jit(functools.partial(model.apply, dtype=dtype))
         self.tokens_BT = jnp.asarray(workload.tokens(), jnp.int32)
 
     def call(self) -> None:
@@ -88,9 +177,9 @@ class Generate:
     """A whole call of the engine, from token ids on the host to token ids on the host."""
 
     def __init__(self, workload: Workload, folder: Path) -> None:
-        model, params, _ = core.load(folder)
-        self.engine = core.Engine(model, params, slots=workload.batch)
-        sampling = core.Sampling(temperature=0, max_new_tokens=workload.new_tokens, ignore_eos=True)
+        self.folder = folder
+        self.engine = _engine(folder, workload.precision, slots=workload.batch)
+        sampling = _sampling(workload.new_tokens)
         self.requests = [core.Request(row, sampling) for row in workload.tokens()]
 
     def call(self) -> None:
@@ -101,6 +190,41 @@ class Generate:
             if isinstance(result, core.RequestError):
                 raise result
         return {"tokens": [list(r.tokens) for r in self.results if isinstance(r, core.Completion)]}
+
+    def judge(self, rows: list[list[list[int]]]) -> list[float]:
+        return _shortfalls(self.folder, rows)
+
+
+class Serve(Generate):
+    """More requests than slots, each with its own length."""
+
+    def __init__(self, workload: Workload, folder: Path, *, is_even: bool) -> None:
+        super().__init__(workload, folder)
+        self.is_even = is_even
+        self.requests = [
+            core.Request(prompt, _sampling(new)) for prompt, new in workload.served(is_even=is_even)
+        ]
+
+    def outputs(self) -> Mapping[str, Any]:
+        rows = super().outputs()["tokens"]
+        counts = {"counts": [sum(map(len, rows))]}
+        return counts if self.is_even else {**counts, "tokens": rows}
+
+
+def _shortfalls(folder: Path, rows: list[list[list[int]]]) -> list[float]:
+    """Returns how far each row's continuation lies below the likeliest tokens, in float32, at the most.
+
+    In standard deviations of the logits; a row is a prompt and what somebody continued it by.
+    """
+    model, params, _ = core.load(folder)
+    apply = jax.jit(model.apply)
+    found = []
+    for prompt, new in rows:
+        tokens_1T = jnp.asarray([[*prompt, *new[:-1]]], jnp.int32)
+        logits_NV = np.asarray(apply(params, tokens_1T))[0, len(prompt) - 1 :]
+        taken_N = logits_NV[np.arange(len(new)), new]
+        found.append(float(np.max((logits_NV.max(-1) - taken_N) / logits_NV.std(-1))))
+    return found
 
 
 class Train:
@@ -153,5 +277,47 @@ def _sampled(logits_BTV: jax.Array) -> list[float]:
     return np.asarray(logits_BTV)[:, times][..., ids].ravel().tolist()
 
 
-def main() -> None:
-    protocol.serve(Flaxmill())
+def _first(folder: str, tokens: str) -> None:
+    """Tells the seconds from opened weights to the first logits."""
+    answers = protocol.claim_stdout()
+    model, params, _ = core.load(folder)
+    tokens_BT = jnp.asarray(json.loads(tokens), jnp.int32)
+    jax.block_until_ready(params)
+    seconds = protocol.seconds(
+        lambda: jax.block_until_ready(jax.jit(model.apply)(params, tokens_BT))
+    )
+    print(json.dumps({"seconds": seconds}), file=answers, flush=True)
+
+
+def _giant(folder: str, workload: str) -> None:
+    """Tells the seconds of opening, of a prompt, and of going on after it, the compilation left out."""
+    answers = protocol.claim_stdout()
+    work = Workload.from_dict(json.loads(workload))
+    (prompt,) = work.tokens()
+    start = time.perf_counter()
+    engine = _engine(Path(folder), work.precision, slots=1)
+    parts_s = {"open": time.perf_counter() - start}
+
+    def complete(tokens: list[int], new_tokens: int) -> float:
+        start = time.perf_counter()
+        (result,) = engine.complete([core.Request(tokens, _sampling(new_tokens))])
+        if isinstance(result, core.RequestError):
+            raise result
+        return time.perf_counter() - start
+
+    # Three prompts, of which none begins like another.
+    complete(prompt[1:] + prompt[:1], 2)
+    parts_s["prompt"] = complete(prompt[2:] + prompt[:2], 1)
+    decode_s = complete(prompt, 1 + work.new_tokens) - parts_s["prompt"]
+    told = {"seconds": decode_s, "parts_s": parts_s, "counts": [work.new_tokens]}
+    print(json.dumps(told), file=answers, flush=True)
+
+
+def main(mode: str = "engine", *arguments: str) -> None:
+    match mode:
+        case "first":
+            _first(*arguments)
+        case "giant":
+            _giant(*arguments)
+        case _:
+            protocol.serve(Flaxmill(is_even=mode == "static"))

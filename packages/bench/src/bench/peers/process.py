@@ -36,11 +36,14 @@ def command(python: Path, module: str, *arguments: str) -> tuple[str, ...]:
 
 
 class WorkerError(Exception):
-    """A contestant could not answer; the text says why. `lost` tells that its process is gone."""
+    """A contestant could not answer; the text says why.
 
-    def __init__(self, reason: str, *, lost: bool) -> None:
+    `lost` tells that its process is gone, `unable` that nothing broke: it has not got what was asked for.
+    """
+
+    def __init__(self, reason: str, *, lost: bool, unable: bool = False) -> None:
         super().__init__(reason)
-        self.lost = lost
+        self.lost, self.unable = lost, unable
 
 
 class Worker:
@@ -110,6 +113,8 @@ class Worker:
             raise self._lost(f"wrote {line.strip()[:80]!r} to stdout, which is for answers only")
         if "error" in answer:
             raise WorkerError(str(answer["error"]), lost=False)
+        if "unable" in answer:
+            raise WorkerError(str(answer["unable"]), lost=False, unable=True)
         return answer
 
     def _read(self) -> None:

@@ -1,14 +1,19 @@
 """The contestants' side of the conversation: one JSON object a line, in on stdin, out on stdout.
 
     {"do": "hello"}                                  -> {"versions": {...}, "threads": 2, "device": "cpu"}
-    {"do": "ceilings"}                               -> {"gemm_flops_per_s": ..., "read_bytes_per_s": ...}
+    {"do": "ceilings"}                               -> {"gemm_float32_flops_per_s": ..., "read_bytes_per_s": ...}
     {"do": "prepare", "workload": {}, "weights": ""} -> {"first_call_s": ...}
     {"do": "outputs"}                                -> {"tokens": [[...]]}, {"logits": [...]} or {"losses": [...]}
     {"do": "run", "repeats": 5, "warm": true}        -> {"seconds": [...], "usages": [...]}
     {"do": "share"}                                  -> {"alone_bytes": ..., "together_bytes": ...}
+    {"do": "judge", "rows": [[[...], [...]]]}        -> {"shortfalls": [...]}
 
-A request that fails is answered by {"error": "..."} and the worker lives on; the end of stdin ends it. The clock is
-here, so that it is the same for everyone. Standard library only: this runs in every contestant's environment.
+"outputs" may hold "facts" too: numbers by name that are reported and not compared. To "judge" is to tell how far the
+tokens that someone continued prompts by (prompt and continuation in each row) lie below the likeliest ones.
+
+A request that fails is answered by {"error": "..."} and the worker lives on, one that cannot be done in this
+environment by {"unable": "..."}; the end of stdin ends it. The clock is here, so that it is the same for everyone.
+Standard library only: this runs in every contestant's environment.
 """
 
 import dataclasses
@@ -31,6 +36,7 @@ class Usage:
     `seconds` are those of the work, `command_s` of the whole process, with the interpreter's start and the imports.
     The memory is anonymous (what is not a file's): `idle_bytes` when the clock started, `peak_bytes` at the most
     until it stopped; None where the system does not tell. `disk_bytes` came from the disk and not from the cache.
+    `parts_s` are seconds of parts of the work by name, where it has some that are told apart.
     """
 
     seconds: float
@@ -38,6 +44,7 @@ class Usage:
     idle_bytes: int | None
     peak_bytes: int | None
     disk_bytes: int
+    parts_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def memory_bytes(self) -> int | None:
@@ -45,6 +52,10 @@ class Usage:
         if self.peak_bytes is None or self.idle_bytes is None:
             return None
         return self.peak_bytes - self.idle_bytes
+
+
+class Unable(Exception):
+    """What a contestant has not got here; the text says what."""
 
 
 class Task(Protocol):
@@ -66,7 +77,11 @@ class Contestant(Protocol):
     def hello(self) -> Mapping[str, Any]: ...
 
     def ceilings(self) -> Mapping[str, float]:
-        """Returns the fastest float32 product (FLOP/s) and read (bytes/s) that this tool reaches on this machine."""
+        """Returns the highest rates that this tool reaches on this machine, of those that it can measure.
+
+        "gemm_float32_flops_per_s", and so on for the other precisions, is a large matrix product's; "read_bytes_per_s"
+        that of reading memory with all threads, "read_1_thread_bytes_per_s" with one.
+        """
         ...
 
     def prepare(self, workload: Workload, weights: Path) -> Task:
@@ -81,6 +96,8 @@ def serve(contestant: Contestant) -> None:
     for line in sys.stdin:
         try:
             answer = session.answer(json.loads(line))
+        except Unable as error:
+            answer = {"unable": str(error)}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)
@@ -115,6 +132,8 @@ class _Session:
                 return self._run(request["repeats"], warm=request["warm"])
             case "share":
                 return self._share()
+            case "judge":
+                return {"shortfalls": self._able("judge")(request["rows"])}
             case other:
                 raise ValueError(f"unknown request {other!r}")
 
@@ -130,10 +149,14 @@ class _Session:
         return {"first_call_s": _timed(self.task.call)[0]}
 
     def _share(self) -> Mapping[str, int]:
-        share = getattr(self._ready(), "share", None)
-        if share is None:
-            raise RuntimeError("this workload has nothing to share")
-        return share()
+        return self._able("share")()
+
+    def _able(self, name: str) -> Callable[..., Any]:
+        """Returns a method that not every task has."""
+        method = getattr(self._ready(), name, None)
+        if method is None:
+            raise RuntimeError(f"this workload cannot {name}")
+        return method
 
     def _run(self, repeats: int, *, warm: bool) -> Mapping[str, Any]:
         call = self._ready().call
