@@ -114,9 +114,13 @@ def attend_cache(
 
     def block(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         highest_BKR, sum_BKR, out_BKRH = carry
+        k_RKSH, v_RKSH = cache.k_RKSH, cache.v_RKSH
+        if dtype.itemsize < 4:
+            # Else XLA makes a float32 copy of the whole cache before the loop, which takes up to 60 times as long.
+            k_RKSH, v_RKSH, i = jax.lax.optimization_barrier((k_RKSH, v_RKSH, i))
         place, shape = (first_row, 0, i * size, 0), (B, K, size, H)
-        k_BKsH = jax.lax.dynamic_slice(cache.k_RKSH, place, shape)
-        v_BKsH = jax.lax.dynamic_slice(cache.v_RKSH, place, shape)
+        k_BKsH = jax.lax.dynamic_slice(k_RKSH, place, shape)
+        v_BKsH = jax.lax.dynamic_slice(v_RKSH, place, shape)
         scores_BKRs = _einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKsH) * scale
         visible_BRs = i * size + jnp.arange(size)[None, None] <= positions_BR1
         scores_BKRs = jnp.where(visible_BRs[:, None], scores_BKRs, MASKED)
@@ -238,7 +242,10 @@ def _attend(
     rows = N // K * T  # the queries that share a key head, as rows of one product
     q_BKRH = jnp.swapaxes(q_BTNH, 1, 2).reshape(B, K, rows, H)
     scores_BKRS = jnp.einsum(
-        "BKRH,BKSH->BKRS", q_BKRH, k_BKSH.astype(q_BTNH.dtype), preferred_element_type=jnp.float32
+        "BKRH,BKSH->BKRS",
+        q_BKRH,
+        k_BKSH.astype(q_BTNH.dtype),
+        preferred_element_type=jnp.promote_types(q_BTNH.dtype, jnp.float32),
     )
     scores_BNTS = scores_BKRS.reshape(B, N, T, S) * scale
     visible_BTS = _visible(positions_BT, key_positions_BS, window)
