@@ -17,7 +17,9 @@ from core.models import Model, Params
 from core.sampling import Sampler, Settings
 
 STEPS = 32
-"""Tokens a slot and dispatch, at most."""
+"""Steps a dispatch, at most."""
+
+_NGRAM = 3  # tokens that must have stood together before, for a draft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Statics:
     vocab_size: int
     missing_ids: tuple[int, ...]
     top_logprobs: int
+    speculation: int
+    """Tokens that are drafted from the text so far and fed beside the last one; those that come true are drawn."""
 
 
 class State(NamedTuple):
@@ -43,16 +47,19 @@ class State(NamedTuple):
     """Of each token, twice how often it was produced, and one more if the prompt holds it."""
     bias_BV: jax.Array
     """What is added to the logits."""
+    tokens_BL: jax.Array | None
+    """What stands at each position, for drafts; None without speculation."""
 
     @classmethod
     def zeros(cls, statics: Statics, slots: int, length: int) -> "State":
         """Returns the state of empty slots, for positions below `length`."""
-        config, V = statics.model.config, statics.model.config.vocab_size
+        config, V, J = statics.model.config, statics.model.config.vocab_size, statics.speculation
         return cls(
-            cache=KVCache.zeros(config, slots, length, statics.dtype),
+            cache=KVCache.zeros(config, slots, length, statics.dtype, ahead=J),
             logits_BV=jnp.zeros((slots, V)),
             counts_BV=jnp.zeros((slots, V), jnp.int32),
             bias_BV=jnp.zeros((slots, V)),
+            tokens_BL=jnp.zeros((slots, length), jnp.int32) if J else None,
         )
 
 
@@ -88,18 +95,19 @@ class Produced(NamedTuple):
     tokens_BM: jax.Array
     count_B: jax.Array
     scores: Scores
+    steps: jax.Array
+    """How often the last tokens were fed."""
 
 
 class _Run(NamedTuple):
-    """A dispatch in progress."""
+    """A dispatch in progress, but for the cache."""
 
-    cache: KVCache
     counts_BV: jax.Array
+    tokens_BL: jax.Array | None
     token_B: jax.Array
     position_B: jax.Array
     done_B: jax.Array
     out: Produced
-    step: jax.Array
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -136,6 +144,7 @@ def prefill(
         logits_BV=_set_row(state.logits_BV, slot, logits_11V[0, 0]),
         counts_BV=_count_prompt(state.counts_BV, slot, ids_T, is_first),
         bias_BV=_set_row(state.bias_BV, slot, bias_V),
+        tokens_BL=_note_tokens(state.tokens_BL, slot, start, jnp.asarray(tokens_1T)),
     )
 
 
@@ -151,57 +160,136 @@ def fork(statics: Statics, state: State, source: Any, target: Any) -> State:
     )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def read_chunk(statics: Statics, size: int, state: State, slot: Any, start: Any) -> KVCache:
+    """Returns what the chunk from `start` on, which was the last to be fed, left in the slot's cache."""
+
+    def of_layer(x_RKSH: jax.Array, window: int | None) -> jax.Array:
+        _, K, S, H = x_RKSH.shape
+        # A ring goes as it lies: what else is in it is from before, and so the same whenever the chunk is.
+        place, length = (start, size) if window is None else (0, S)
+        return jax.lax.dynamic_slice(x_RKSH, (slot, 0, place, 0), (1, K, length, H))
+
+    windows = statics.model.config.windows
+    k_RKSH, v_RKSH = (tuple(map(of_layer, xs, windows)) for xs in state.cache[:2])
+    return KVCache(k_RKSH, v_RKSH)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def write_chunk(
+    statics: Statics,
+    state: State,
+    chunk: KVCache,
+    tokens_1T: Any,
+    start: Any,
+    slot: Any,
+    is_first: Any,
+) -> State:
+    """Returns the state as if the chunk's tokens had been fed, from `start` on; more of the prompt must follow."""
+
+    def of_layer(x_RKSH: jax.Array, new_1KTH: jax.Array, window: int | None) -> jax.Array:
+        place = (slot, 0, start if window is None else 0, 0)
+        return jax.lax.dynamic_update_slice(x_RKSH, new_1KTH, place)
+
+    windows = statics.model.config.windows
+    pairs = zip(state.cache[:2], chunk[:2], strict=True)
+    k_RKSH, v_RKSH = (tuple(map(of_layer, xs, new, windows)) for xs, new in pairs)
+    return state._replace(
+        cache=KVCache(k_RKSH, v_RKSH),
+        counts_BV=_count_prompt(state.counts_BV, slot, jnp.asarray(tokens_1T)[0], is_first),
+        tokens_BL=_note_tokens(state.tokens_BL, slot, start, jnp.asarray(tokens_1T)),
+    )
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def decode(
     statics: Statics, params: Params, state: State, columns: Columns, steps: Any, pause: Any
 ) -> tuple[State, Produced]:
-    """Draws the first tokens of fresh slots, then feeds and draws, `steps` tokens a slot at most.
+    """Draws the first tokens of fresh slots, then feeds and draws, `steps` times at most.
 
     Ends early when `pause` slots have come to their end, or all.
     """
-    B, K = len(columns.active_B), statics.top_logprobs
-    out = Produced(
-        tokens_BM=jnp.zeros((B, STEPS), jnp.int32),
-        count_B=jnp.zeros(B, jnp.int32),
-        scores=Scores(
-            jnp.zeros((B, STEPS)), jnp.zeros((B, STEPS, K), jnp.int32), jnp.zeros((B, STEPS, K))
-        ),
-    )
     is_fresh_B = columns.active_B & columns.fresh_B
     run = _Run(
-        cache=state.cache,
         counts_BV=state.counts_BV,
+        tokens_BL=state.tokens_BL,
         token_B=jnp.asarray(columns.token_B),
         # One less, because drawing goes on by one.
         position_B=columns.position_B - is_fresh_B.astype(jnp.int32),
         done_B=~columns.active_B,
-        out=out,
-        step=jnp.where(is_fresh_B.any(), 1, 0),
+        out=_nothing(statics, len(columns.active_B)),
     )
     take = functools.partial(_take, statics, columns, state.bias_BV)
     run = jax.lax.cond(
         is_fresh_B.any(), lambda run: take(state.logits_BV, is_fresh_B, run), lambda run: run, run
     )
 
-    def goes_on(run: _Run) -> jax.Array:
+    def goes_on(carry: tuple[KVCache, _Run]) -> jax.Array:
+        _, run = carry
         ended = (run.done_B & columns.active_B).sum()
-        return (run.step < steps) & ~run.done_B.all() & (ended < pause)
+        return (run.out.steps < steps) & ~run.done_B.all() & (ended < pause)
 
-    def step_on(run: _Run) -> _Run:
-        active_B = ~run.done_B
-        logits_B1V, cache = statics.model.extend(
+    def step_on(carry: tuple[KVCache, _Run]) -> tuple[KVCache, _Run]:
+        cache, run = carry
+        draws_B = ~run.done_B
+        drafts_BJ, drafted_B = _drafts(statics, columns, run)
+        J, last = statics.speculation, statics.model.config.context_length - 1
+        tokens_BT = jnp.concatenate([run.token_B[:, None], drafts_BJ], axis=1)
+        positions_BT = run.position_B[:, None] + jnp.arange(1 + J)[None]
+        logits_BTV, cache = statics.model.extend(
             params,
-            jnp.where(active_B, run.token_B, 0)[:, None],
-            jnp.where(active_B, run.position_B, 0)[:, None],
-            run.cache,
-            lengths_B=active_B.astype(jnp.int32),
+            jnp.where(draws_B[:, None], tokens_BT, 0),
+            jnp.where(draws_B[:, None], jnp.minimum(positions_BT, last), 0),
+            cache,
+            lengths_B=jnp.where(draws_B, 1 + drafted_B, 0),
             dtype=statics.dtype,
         )
-        run = run._replace(cache=cache, step=run.step + 1)
-        return take(logits_B1V[:, 0], active_B, run)
+        for j in range(1 + J):
+            run = take(logits_BTV[:, j], draws_B, run)
+            if j < J:
+                is_right_B = (j < drafted_B) & (run.token_B == drafts_BJ[:, j])
+                draws_B = draws_B & ~run.done_B & is_right_B
+        return cache, run._replace(out=run.out._replace(steps=run.out.steps + 1))
 
-    run = jax.lax.while_loop(goes_on, step_on, run)
-    return state._replace(cache=run.cache, counts_BV=run.counts_BV), run.out
+    cache, run = jax.lax.while_loop(goes_on, step_on, (state.cache, run))
+    state = state._replace(cache=cache, counts_BV=run.counts_BV, tokens_BL=run.tokens_BL)
+    return state, run.out
+
+
+def _nothing(statics: Statics, B: int) -> Produced:
+    M, K = 1 + STEPS * (1 + statics.speculation), statics.top_logprobs
+    return Produced(
+        tokens_BM=jnp.zeros((B, M), jnp.int32),
+        count_B=jnp.zeros(B, jnp.int32),
+        scores=Scores(jnp.zeros((B, M)), jnp.zeros((B, M, K), jnp.int32), jnp.zeros((B, M, K))),
+        steps=jnp.int32(0),
+    )
+
+
+def _drafts(statics: Statics, columns: Columns, run: _Run) -> tuple[jax.Array, jax.Array]:
+    """Returns what may come next of each row, drafts_BJ, and how many of them mean anything.
+
+    What came after the last time that the row's last few tokens stood together (Saxena 2023, "Prompt Lookup
+    Decoding"): three tokens, or else two. What goes beyond the last token is as if the text went round from there.
+    """
+    B, J = len(run.token_B), statics.speculation
+    if run.tokens_BL is None:
+        return jnp.zeros((B, 0), jnp.int32), jnp.zeros(B, jnp.int32)
+    places_L = jnp.arange(run.tokens_BL.shape[1])
+
+    def of_row(tokens_L: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        matches_L, ends = places_L < position, []
+        for n in range(_NGRAM):
+            matches_L &= (jnp.roll(tokens_L, n) == tokens_L[position - n]) & (places_L >= n)
+            ends.append(jnp.where(matches_L, places_L, -1).max())
+        end = jnp.where(ends[-1] >= 0, ends[-1], ends[-2])
+        is_found = (end >= 0) & (position >= _NGRAM - 1)
+        round_J = jnp.arange(J) % jnp.maximum(position - end, 1)
+        return tokens_L[end + 1 + round_J], jnp.where(is_found, J, 0)
+
+    drafts_BJ, found_B = jax.vmap(of_row)(run.tokens_BL, run.position_B)
+    left_B = columns.limit_B - columns.produced_B - run.out.count_B - 1
+    return drafts_BJ, jnp.clip(left_B, 0, found_B)
 
 
 def _take(
@@ -224,36 +312,42 @@ def _take(
         columns.produced_B + run.out.count_B,
         statics.stop_ids,
     )
-    rows_B, place_B = jnp.arange(B), jnp.where(draws_B, run.out.count_B, STEPS)  # dropped beyond
-    count_B = run.out.count_B + draws_B.astype(jnp.int32)
+    rows_B = jnp.arange(B)
+
+    def put(x: jax.Array, place_B: jax.Array, new_B: jax.Array) -> jax.Array:
+        place_B = jnp.where(draws_B, place_B, x.shape[1])  # beyond the end: dropped
+        return x.at[rows_B, place_B].set(new_B, mode="drop")
+
     is_stop_B = jnp.isin(drawn_B, jnp.array(statics.stop_ids, jnp.int32)) & ~columns.ignore_eos_B
+    count_B = run.out.count_B + draws_B.astype(jnp.int32)
     is_last_B = columns.produced_B + count_B >= columns.limit_B
-    out = Produced(
-        tokens_BM=run.out.tokens_BM.at[rows_B, place_B].set(drawn_B, mode="drop"),
+
+    def scored(scores: Scores) -> Scores:
+        new = _score(logits_BV, drawn_B, statics.top_logprobs)
+        return Scores(*(put(x, run.out.count_B, y) for x, y in zip(scores, new, strict=True)))
+
+    wanted = (columns.wants_scores_B & draws_B).any()
+    out = run.out._replace(
+        tokens_BM=put(run.out.tokens_BM, run.out.count_B, drawn_B),
         count_B=count_B,
-        scores=jax.lax.cond(
-            (columns.wants_scores_B & draws_B).any(),
-            lambda scores: _score(logits_BV, drawn_B, place_B, scores),
-            lambda scores: scores,
-            run.out.scores,
-        ),
+        scores=jax.lax.cond(wanted, scored, lambda scores: scores, run.out.scores),
     )
-    return run._replace(
+    tokens_BL = run.tokens_BL
+    return _Run(
+        counts_BV=run.counts_BV.at[rows_B, drawn_B].add(2 * draws_B.astype(jnp.int32)),
+        tokens_BL=None if tokens_BL is None else put(tokens_BL, position_B, drawn_B),
         token_B=jnp.where(draws_B, drawn_B, run.token_B),
         position_B=jnp.where(draws_B, position_B, run.position_B),
-        counts_BV=run.counts_BV.at[rows_B, drawn_B].add(2 * draws_B.astype(jnp.int32)),
         done_B=run.done_B | (draws_B & (is_stop_B | is_last_B)),
         out=out,
     )
 
 
-def _score(logits_BV: jax.Array, drawn_B: jax.Array, place_B: jax.Array, scores: Scores) -> Scores:
+def _score(logits_BV: jax.Array, drawn_B: jax.Array, K: int) -> tuple[jax.Array, ...]:
     logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
     chosen_B = jnp.take_along_axis(logprobs_BV, drawn_B[:, None], axis=-1)[:, 0]
-    top_BK, ids_BK = jax.lax.top_k(logprobs_BV, scores.top_ids_BMK.shape[2])
-    rows_B = jnp.arange(len(place_B))
-    columns = zip(scores, (chosen_B, ids_BK, top_BK), strict=True)
-    return Scores(*(x.at[rows_B, place_B].set(new, mode="drop") for x, new in columns))
+    top_BK, ids_BK = jax.lax.top_k(logprobs_BV, K)
+    return chosen_B, ids_BK, top_BK
 
 
 def _readable(statics: Statics, V: int) -> jax.Array:
@@ -271,6 +365,14 @@ def _count_prompt(counts_BV: jax.Array, slot: Any, ids_T: jax.Array, is_first: A
     counts_V = jax.lax.dynamic_slice_in_dim(counts_BV, slot, 1)[0]
     counts_V = jnp.where(is_first, 0, counts_V).at[ids_T].max(1, mode="drop")
     return _set_row(counts_BV, slot, counts_V)
+
+
+def _note_tokens(
+    tokens_BL: jax.Array | None, slot: Any, start: Any, tokens_1T: jax.Array
+) -> jax.Array | None:
+    if tokens_BL is None:
+        return None
+    return jax.lax.dynamic_update_slice(tokens_BL, tokens_1T, (slot, start))
 
 
 def _token_key(words_4: jax.Array, position: jax.Array) -> jax.Array:

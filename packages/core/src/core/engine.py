@@ -24,7 +24,9 @@ from core.continuation import Continuation
 from core.decode import Columns, Produced, State, Statics
 from core.errors import RequestError as RequestError
 from core.errors import SamplingError, TokenizerError
+from core.kv_cache import FEW, KVCache
 from core.models import Model, Params
+from core.prefixes import Prefixes
 from core.requests import DEFAULT_SAMPLING as DEFAULT_SAMPLING
 from core.requests import Completion as Completion
 from core.requests import Event as Event
@@ -50,6 +52,9 @@ class Engine:
       slots: rows that decode together; results depend on it in the last bits, so keep it with a job.
       length: positions that a slot holds, of prompt and continuation; by default the model's context.
       chunk: prompt tokens that are fed at once, a power of two; results depend on it in the last bits.
+      speculation: tokens a step that are guessed from what stood in the text before, and checked; what comes out is
+        the same but for the last bits, in fewer steps where texts repeat themselves.
+      prefix_cache: bytes to keep of what prompts have in common, so that it is fed once (`core.prefixes`).
       top_logprobs: the most alternatives that a request may ask log-probabilities of.
       sampler: draws the tokens; see `core.sampling.Sampler`.
       dtype: of activations and cache; by default that of the embeddings.
@@ -64,12 +69,16 @@ class Engine:
         slots: int = 16,
         length: int | None = None,
         chunk: int | None = None,
+        speculation: int = 0,
+        prefix_cache: int = 0,
         top_logprobs: int = 20,
         sampler: Sampler = sampling_lib.sample,
         dtype: Any = None,
     ):
         if slots < 1:
             raise ValueError(f"slots is {slots}; expected 1 or more")
+        if not 0 <= speculation < FEW:
+            raise ValueError(f"speculation is {speculation}; expected 0 (off) to {FEW - 1}")
         self.model, self.params, self.tokenizer, self.slots = model, params, tokenizer, slots
         config = model.config
         self.length = min(length or config.context_length, config.context_length)
@@ -89,7 +98,10 @@ class Engine:
             ),
             missing_ids=tokenizer.missing_ids if tokenizer else (),
             top_logprobs=min(top_logprobs, config.vocab_size),
+            speculation=speculation,
         )
+        self.counters = Counters()
+        self._prefixes = Prefixes(self._chunks[-1], prefix_cache)
         self._no_bias_V = np.zeros(config.vocab_size, np.float32)
         self._tickets = 0
         self._inbox: _Inbox = collections.deque()
@@ -320,14 +332,17 @@ class Engine:
             self._state, out = decode.decode(
                 self._statics, self.params, state, columns, steps, pause
             )
-            self._deliver(jax.device_get(out))
+            out = jax.device_get(out)
+            self.counters.steps += int(out.steps)
+            self.counters.tokens += int(out.count_B.sum())
+            self._deliver(out)
         except BaseException:
             self._reset()
             raise
 
     def _empty(self) -> State:
-        largest = self._chunks[-1]
-        return decode.State.zeros(self._statics, self.slots, -(-self.length // largest) * largest)
+        largest, length = self._chunks[-1], self.length + self._statics.speculation
+        return decode.State.zeros(self._statics, self.slots, -(-length // largest) * largest)
 
     def _fill(self, state: State) -> State:
         """Gives free slots to those who wait, and feeds prompts; not many while others wait to decode."""
@@ -338,9 +353,13 @@ class Engine:
         for slot, row in enumerate(self._rows):
             while row is not None and not row.is_filled and (fed < FILL_TOKENS or not decoding):
                 source = self._same_prompt(slot, row)
+                chunk = self._prefixes.find(row.text.prompt, row.filled)
                 if source is not None:
                     state = decode.fork(self._statics, state, source, slot)
+                    self.counters.reused_tokens += len(row.text.prompt)
                     row.filled = len(row.text.prompt)
+                elif chunk is not None:
+                    state = self._put(state, slot, row, chunk)
                 else:
                     state, count = self._feed(state, slot, row)
                     fed += count
@@ -362,7 +381,8 @@ class Engine:
 
     def _feed(self, state: State, slot: int, row: "_Row") -> tuple[State, int]:
         """Feeds the next chunk of a prompt."""
-        rest = row.text.prompt[row.filled : row.filled + self._chunks[-1]]
+        prompt, start = row.text.prompt, row.filled
+        rest = prompt[start : start + self._chunks[-1]]
         size = next(size for size in self._chunks if size >= len(rest))
         tokens_1T = np.zeros((1, size), np.int32)
         tokens_1T[0, : len(rest)] = rest
@@ -372,14 +392,27 @@ class Engine:
             self.params,
             state,
             tokens_1T,
-            np.int32(row.filled),
+            np.int32(start),
             np.int32(len(rest)),
             np.int32(slot),
-            np.bool_(row.filled == 0),
+            np.bool_(start == 0),
             self._no_bias_V if bias_V is None else bias_V,
         )
+        if self._prefixes.wants(prompt, start):
+            chunk = decode.read_chunk(self._statics, size, state, slot, start)
+            self._prefixes.keep(prompt, start, chunk)
+        self.counters.prompt_tokens += len(rest)
         row.filled += len(rest)
         return state, size
+
+    def _put(self, state: State, slot: int, row: "_Row", chunk: KVCache) -> State:
+        """Puts in the next chunk of a prompt, which was fed for another."""
+        start, size = row.filled, self._prefixes.size
+        tokens_1T = np.array([row.text.prompt[start : start + size]], np.int32)
+        place = np.int32(start), np.int32(slot), np.bool_(start == 0)
+        self.counters.reused_tokens += size
+        row.filled += size
+        return decode.write_chunk(self._statics, state, chunk, tokens_1T, *place)
 
     def _columns(self, running: Sequence[bool]) -> Columns:
         rows = [row or _NOBODY for row in self._rows]
@@ -416,6 +449,23 @@ class Engine:
                 if ended:
                     self._rows[slot] = None
                     break
+
+
+@dataclasses.dataclass
+class Counters:
+    """What an engine has done so far.
+
+    The share of the slots that was used is `tokens / (steps * slots)`; with speculation it may be above 1.
+    """
+
+    prompt_tokens: int = 0
+    """Fed."""
+    reused_tokens: int = 0
+    """Of prompts, not fed because others had them in common."""
+    tokens: int = 0
+    """Drawn."""
+    steps: int = 0
+    """In which each slot could have drawn."""
 
 
 _Inbox = collections.deque[Event]
