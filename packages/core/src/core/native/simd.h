@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(FLAXMILL_PLAIN)
 #elif defined(__AVX512F__) || defined(__AVX2__)
@@ -18,8 +19,19 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // of a lambda
 
 namespace flaxmill {
+
+// Calls f(0) to f(N - 1) with numbers the compiler knows: arrays indexed by them are registers.
+template <class Call, int... N>
+INLINE void each(const Call& call, std::integer_sequence<int, N...>) {
+  (call(std::integral_constant<int, N>()), ...);
+}
+template <int N, class Call>
+INLINE void each(const Call& call) {
+  each(call, std::make_integer_sequence<int, N>());
+}
 
 struct bf16 {  // the upper half of a float
   uint16_t bits;
@@ -142,13 +154,37 @@ INLINE F load(const Narrow* p, int count) {
   return load(whole);
 }
 
-// The sum of the lanes: neighbours at distance W/2, then W/4, and so on.
-INLINE float sum(F x) {
-  float lanes[W];
-  store(lanes, x);
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+// Keeps x in a register, where the compiler would read it from memory again for each use.
+#if defined(FLAXMILL_PLAIN)
+INLINE void keep(F&) {}
+#elif defined(__AVX2__)
+INLINE void keep(F& x) { __asm__("" : "+v"(x)); }
+#elif defined(__ARM_NEON)
+INLINE void keep(F& x) { __asm__("" : "+w"(x)); }
+#else
+INLINE void keep(F&) {}
+#endif
+
+// The sum of the lanes: first those at distance W/2, then those at W/4, and so on.
+#if defined(__AVX512F__) && !defined(FLAXMILL_PLAIN)
+INLINE float sum(__m128 x) {
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
+INLINE float sum(__m256 x) {
+  return sum(_mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+}
+INLINE float sum(__m512 x) {
+  return sum(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)));
+}
+#elif defined(__AVX2__) && !defined(FLAXMILL_PLAIN)
+INLINE float sum(__m256 x) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+#else
+INLINE float sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+#endif
 
 }  // namespace flaxmill
