@@ -5,7 +5,8 @@
     python -m core.generate --model=out-gpt-oss/model --prompt="ROMEO:"
 
 OpenAI's architecture (rotary positions, grouped queries, attention sinks, a sliding window in every other layer, a
-mixture of experts) at 4 layers, width 64, 8 experts of which a token meets 2. RESULT
+mixture of experts) at 4 layers, width 64, 8 experts of which a token meets 2: 460,272 parameters, 156,592 of them for
+a token. Validation loss 1.90 after 1,001 updates of 768 tokens (one seed, 20 batches), some three minutes on two cores.
 """
 
 from ml_collections import config_dict

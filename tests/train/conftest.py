@@ -63,3 +63,26 @@ def base_config(data_dir: Path) -> TrainConfig:
 @pytest.fixture
 def config(base_config: TrainConfig, tmp_path: Path) -> TrainConfig:
     return dataclasses.replace(base_config, out_dir=str(tmp_path / "out"))
+
+
+@pytest.fixture(scope="session")
+def smallest_config(data_dir: Path) -> TrainConfig:
+    """One layer, four updates, an evaluation before the first, the third and the last; out_dir is yours to set."""
+    return TrainConfig(
+        data_dir=str(data_dir),
+        dataset="small",
+        n_layer=1,
+        n_head=2,
+        n_embd=8,
+        block_size=12,
+        batch_size=3,
+        gradient_accumulation_steps=1,
+        learning_rate=1e-2,
+        min_lr=1e-3,
+        warmup_iters=1,
+        lr_decay_iters=4,
+        max_iters=3,
+        eval_interval=2,
+        eval_iters=2,
+        device="cpu",
+    )

@@ -14,6 +14,7 @@ import pytest
 
 import core
 import train
+from core import checkpoint as model_folder
 from core.checkpoint import CheckpointError
 from core.tokenizer import Tokenizer
 from train import loop, preflight
@@ -228,12 +229,16 @@ def test_auto_begins_anew_what_left_a_model_but_no_checkpoint(config: TrainConfi
 
 
 @pytest.mark.parametrize("removed", ["checkpoints", "checkpoints/*"])
+@pytest.mark.parametrize("was_killed", [True, False])
 def test_auto_keeps_the_model_of_a_run_whose_checkpoints_were_removed(
-    config: TrainConfig, removed: str
+    config: TrainConfig, removed: str, was_killed: bool
 ):
+    config = dataclasses.replace(config, gradient_accumulation_steps=1)
     first = run(config, max_iters=1)
     for path in list(first.out_dir.glob(removed)):
         shutil.rmtree(path)
+    if was_killed:
+        (first.out_dir / "loss.png").unlink()
     with pytest.raises(train.TrainError, match=r"has a model but .* init_from=.*out/model and"):
         run(config, init_from="auto", max_iters=1)
     core.load(first.model_dir)
@@ -396,3 +401,102 @@ def test_only_improvements_are_saved_when_asked(config: TrainConfig):
         if i and evaluations[i] < min(loss for j, loss in evaluations.items() if j < i)
     ]
     assert kept == set(best_so_far[-2:])
+
+
+@pytest.fixture
+def smallest(smallest_config: TrainConfig, tmp_path: Path) -> TrainConfig:
+    return dataclasses.replace(smallest_config, out_dir=str(tmp_path / "out"))
+
+
+def test_every_kth_checkpoint_is_kept_for_good(smallest: TrainConfig):
+    many = {"max_iters": 9, "eval_interval": 20, "ckpt_interval": 2}
+    run(smallest, **many, keep_last=1, keep_every=4)
+    with Checkpoints(Path(smallest.out_dir) / "checkpoints") as checkpoints:
+        kept = set(checkpoints.iterations())
+    evaluated = {9}
+    assert kept - evaluated == {4, 8, 10}
+
+
+def test_a_weight_that_is_not_finite_is_named(smallest: TrainConfig, tmp_path: Path):
+    """The gradient is then nan everywhere, which says nothing."""
+    first = run(smallest, max_iters=0)
+    model, params, tokenizer = core.load(first.model_dir)
+    params["blocks"]["0"]["mlp"]["up"]["kernel"] = jnp.full((8, 32), jnp.inf)
+    model_folder.save(tmp_path / "sick", model.config, params, tokenizer=tokenizer)
+    with pytest.raises(
+        train.TrainError,
+        match=r"iteration 0: .*val_loss is nan.*, blocks\.0\.mlp\.up\.kernel is not",
+    ):
+        run(smallest, init_from=str(tmp_path / "sick"), out_dir=str(tmp_path / "other"))
+
+
+def test_a_full_evaluation_is_every_window_once(smallest: TrainConfig):
+    done = run(smallest, max_iters=0, eval_mode="full", batch_size=7)
+    model, params, _ = core.load(done.model_dir)
+    tokens = open_dataset(Path(smallest.data_dir) / "small", block_size=12).tokens["val"][:]
+    count = (len(tokens) - 1) // 12
+    windows_BS = np.stack([tokens[12 * i : 12 * i + 13] for i in range(count)]).astype(np.int32)
+    assert count % 7  # the last batch is a shorter one
+    expected = core.loss(params, model, next_tokens(jnp.asarray(windows_BS)))
+    assert done.best_val_loss == pytest.approx(float(expected), abs=2e-6)
+
+
+def test_in_epochs_every_window_is_learned_from_once(smallest: TrainConfig):
+    """With a learning rate of zero the mean loss over an epoch is the mean over the windows."""
+    still = {"learning_rate": 0.0, "min_lr": 0.0, "data_order": "epoch"}
+    dataset = open_dataset(Path(smallest.data_dir) / "small", block_size=12)
+    tokens = dataset.tokens["train"][:]
+    count = (len(tokens) - 1) // 12
+    rows = next(r for r in range(40, 400) if count % r == 0 or r > 300)
+    done = run(smallest, **still, batch_size=rows, max_iters=count // rows - 1)
+    if count % rows:
+        pytest.skip("no batch divides the text's windows")
+    model, params, _ = core.load(done.model_dir)
+    windows_BS = np.stack([tokens[12 * i : 12 * i + 13] for i in range(count)]).astype(np.int32)
+    expected = core.loss(params, model, next_tokens(jnp.asarray(windows_BS)))
+    losses = [row["train_loss"] for row in done.rows() if "train_loss" in row]
+    assert np.mean(losses) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_one_batch_is_seen_again_and_again_when_asked(smallest: TrainConfig):
+    still = run(smallest, learning_rate=0.0, min_lr=0.0, overfit_batch=True)
+    assert len({row["train_loss"] for row in still.rows() if "train_loss" in row}) == 1
+
+
+def test_what_is_no_model_folder_is_told_how_to_become_one(smallest: TrainConfig, tmp_path: Path):
+    (tmp_path / "ckpt.pt").write_bytes(b"PK\3\4")
+    with pytest.raises(
+        train.TrainError,
+        match=r"not a model folder; make one .* python -m convert --source=.*/ckpt\.pt --out=models/ckpt,",
+    ):
+        run(smallest, init_from=str(tmp_path / "ckpt.pt"))
+
+
+@pytest.mark.parametrize("damage", ["_CHECKPOINT_METADATA", "state", "everything"])
+def test_a_damaged_checkpoint_is_named_with_the_way_out(smallest: TrainConfig, damage: str):
+    run(smallest)
+    folder = Path(smallest.out_dir) / "checkpoints" / "4"
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    for path in files:
+        if damage == "everything" or damage in path.parts or path.name == damage:
+            path.write_bytes(b"\xff" * 7)
+    with pytest.raises(
+        train.TrainError, match=r"checkpoints/4: not a checkpoint .* continue from 3$"
+    ):
+        run(smallest, init_from="auto")
+    shutil.rmtree(folder)
+    assert run(smallest, init_from="auto").iteration == 4
+
+
+def test_a_tiny_gpt_oss_learns_and_goes_on(smallest: TrainConfig, tmp_path: Path):
+    sparse = dataclasses.replace(
+        smallest, family="gpt_oss", n_kv_head=1, n_expert=3, experts_per_token=2, sliding_window=5
+    )
+    run(sparse, max_iters=1)
+    parts = run(sparse, init_from="resume", max_iters=19, eval_interval=20)
+    whole = run(sparse, out_dir=str(tmp_path / "whole"), max_iters=19, eval_interval=20)
+    assert different_arrays(parts.out_dir, whole.out_dir) == []
+    losses = [row["train_loss"] for row in whole.rows() if "train_loss" in row]
+    assert np.mean(losses[-3:]) < losses[0] - 0.1
+    tuned = run(sparse, init_from=str(whole.model_dir), out_dir=str(tmp_path / "t"), max_iters=0)
+    assert tuned.rows()[0]["val_loss"] == pytest.approx(whole.best_val_loss, abs=1e-6)

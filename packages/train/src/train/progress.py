@@ -66,7 +66,8 @@ class Terminal:
 
 def _numbers(row: Row) -> str:
     mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
+    norm = "overflow" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
     return (
-        f"loss {row['train_loss']:.4f}, lr {row['lr']:.2e}, norm {row['grad_norm']:.2f}, "
+        f"loss {row['train_loss']:.4f}, lr {row['lr']:.2e}, norm {norm}, "
         f"{row['tokens_per_s']:,.0f} tok/s, mfu {mfu}"
     )
