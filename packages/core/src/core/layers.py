@@ -4,7 +4,10 @@ Weights keep the axes of the checkpoint (see `core.axes`); the products run on f
 backward pass of a three-dimensional product contracts two axes at once and costs small models a third of a step.
 """
 
+import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,37 +15,108 @@ import jax.numpy as jnp
 from core.quant import Int8
 
 
+def wide_dtype(dtype: Any) -> Any:
+    """Returns what sums and functions of numbers of `dtype` are computed in: float32, for float64 as it is."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def widened(x: jax.Array) -> jax.Array:
+    """Returns `x` in its `wide_dtype`."""
+    return x.astype(wide_dtype(x.dtype))
+
+
 def layer_norm(
     x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, epsilon: float
 ) -> jax.Array:
     """Returns `x` normalised over its last axis, in float32 inside (Ba et al. 2016, arXiv:1607.06450).
 
-    The variance is the mean of squared deviations: mean(x**2) - mean(x)**2 cancels where |mean| >> std.
+    The variance is the mean of squared deviations: mean(x**2) - mean(x)**2 cancels where |mean| >> std. For its
+    gradient the normalised rows are kept, not those that came in.
     """
-    wide = x.astype(jnp.float32)
+    y: Any = _layer_norm(x, scale_D, bias_D, epsilon)
+    return y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _layer_norm(x, scale_D, bias_D, epsilon):
+    return _layer_norm_forward(x, scale_D, bias_D, epsilon)[0]
+
+
+def _layer_norm_forward(
+    x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, epsilon: float
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    wide = widened(x)
     centred = wide - wide.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
-    normal = centred * jax.lax.rsqrt(variance + epsilon) * _rows_like(scale_D, x)
+    inverse = jax.lax.rsqrt(variance + epsilon)
+    unscaled = centred * inverse
+    normal = unscaled * _rows_like(scale_D, x)
     if bias_D is not None:
         normal = normal + _rows_like(bias_D, x)
-    return normal.astype(x.dtype)
+    return normal.astype(x.dtype), (unscaled, inverse, scale_D, bias_D)
+
+
+def _layer_norm_backward(
+    epsilon: float, saved: tuple[Any, ...], dy: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    unscaled, inverse, scale_D, bias_D = saved
+    wide, rows = widened(dy), tuple(range(dy.ndim - 1))
+    scaled = wide * _rows_like(scale_D, dy)
+    along = (scaled * unscaled).mean(-1, keepdims=True)
+    dx = (scaled - scaled.mean(-1, keepdims=True) - unscaled * along) * inverse
+    dscale_D = (wide * unscaled).sum(rows).astype(scale_D.dtype)
+    dbias_D = None if bias_D is None else wide.sum(rows).astype(bias_D.dtype)
+    return dx.astype(dy.dtype), dscale_D, dbias_D
+
+
+_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 def rms_norm(x: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
     """Returns `x` over its root mean square, in float32 inside (Zhang & Sennrich 2019, arXiv:1910.07467)."""
-    wide = x.astype(jnp.float32)
+    wide = widened(x)
     normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon)
     return (normal * _rows_like(scale_D, x)).astype(x.dtype)
 
 
+@jax.custom_vjp
 def gelu_tanh(x: jax.Array) -> jax.Array:
     """GELU in its tanh form, OpenAI's `gelu_new` (Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2)."""
     return jax.nn.gelu(x, approximate=True)
 
 
+@jax.custom_vjp
 def gelu_erf(x: jax.Array) -> jax.Array:
-    """GELU as defined, x * Phi(x); PyTorch's and nanoGPT's default."""
+    """GELU as defined, x * Phi(x); PyTorch's and nanoGPT's default.
+
+    With gradients Phi is (1 + erf) / 2 as in PyTorch, without them erfc / 2: they differ in the last bits.
+    """
     return jax.nn.gelu(x, approximate=False)
+
+
+# The slope is computed with the value, of which it shares the costly function, and is all that is kept.
+def _gelu_tanh_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    wide = widened(x)
+    c = math.sqrt(2 / math.pi)
+    tanh = jnp.tanh(c * (wide + 0.044715 * wide * wide * wide))
+    inner = c * (1 + 3 * 0.044715 * wide * wide)
+    slope = 0.5 * (1 + tanh) + 0.5 * wide * (1 - tanh * tanh) * inner
+    return (0.5 * wide * (1 + tanh)).astype(x.dtype), slope.astype(x.dtype)
+
+
+def _gelu_erf_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    wide = widened(x)
+    phi = 0.5 * (1 + jax.lax.erf(wide * math.sqrt(0.5)))
+    slope = phi + wide * (jnp.exp(-0.5 * wide * wide) * (1 / math.sqrt(2 * math.pi)))
+    return (wide * phi).astype(x.dtype), slope.astype(x.dtype)
+
+
+def _gelu_backward(slope: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    return (dy * slope,)
+
+
+gelu_tanh.defvjp(_gelu_tanh_forward, _gelu_backward)
+gelu_erf.defvjp(_gelu_erf_forward, _gelu_backward)
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -110,7 +184,7 @@ def product(x_RI: jax.Array, matrix: jax.Array, *, axis: int) -> jax.Array:
         jnp.concatenate([x_RI, x_RI]) if lone else x_RI,
         matrix,
         (((1,), (axis,)), ((), ())),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=wide_dtype(x_RI.dtype),
     )
     return y_RO[:1] if lone else y_RO
 
@@ -148,8 +222,8 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def _rows_like(vector: jax.Array, x: jax.Array) -> jax.Array:
-    """`vector` in float32 with leading axes of one, so that no rank is promoted silently."""
-    return vector.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + vector.shape)
+    """`vector`, widened, with leading axes of one, so that no rank is promoted silently."""
+    return widened(vector).reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
 def _is_narrow(x: jax.Array) -> bool:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from core import moe
 from core.config import GptOssConfig
-from core.layers import product, unembed
+from core.layers import product, unembed, wide_dtype, widened
 from core.models import Model, Params
 
 
@@ -35,7 +35,7 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     A target outside the vocabulary makes it NaN.
     """
     counted_BT = targets_BT >= 0
-    losses_BT = _losses(logits_BTV.astype(jnp.float32), targets_BT)
+    losses_BT = _losses(widened(logits_BTV), targets_BT)
     return jnp.where(counted_BT, losses_BT, 0).sum() / _count(targets_BT)
 
 
@@ -49,7 +49,6 @@ def _count(targets_BT: jax.Array) -> jax.Array:
     return jnp.maximum((targets_BT >= 0).sum(dtype=jnp.float32), 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def unembedded_cross_entropy(
     x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, chunk: int | None = None
 ) -> jax.Array:
@@ -58,6 +57,12 @@ def unembedded_cross_entropy(
     None is all at once. With gradients, those of the logits are formed with the logits and multiplied at once, in the
     same pass: nothing of size V is kept but the head's gradient, and no product is done twice.
     """
+    loss: Any = _unembedded(x_BTD, head_VD, targets_BT, chunk)
+    return loss
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _unembedded(x_BTD, head_VD, targets_BT, chunk):
     T = x_BTD.shape[1]
     if chunk is None or chunk >= T:
         return cross_entropy(unembed(x_BTD, head_VD), targets_BT)
@@ -67,7 +72,8 @@ def unembedded_cross_entropy(
         losses_Bt = _losses(unembed(x_BtD, head_VD), targets_Bt)
         return total + jnp.where(targets_Bt >= 0, losses_Bt, 0).sum(), None
 
-    total, _ = jax.lax.scan(of_chunk, jnp.float32(0), _cut(x_BTD, targets_BT, chunk))
+    zero = jnp.zeros((), wide_dtype(x_BTD.dtype))
+    total, _ = jax.lax.scan(of_chunk, zero, _cut(x_BTD, targets_BT, chunk))
     return total / _count(targets_BT)
 
 
@@ -86,13 +92,14 @@ def _cross_entropy_forward(
         logits_BtV = unembed(x_BtD, narrow_VD)
         counted_Bt = targets_Bt >= 0
         total += jnp.where(counted_Bt, _losses(logits_BtV, targets_Bt), 0).sum()
-        hit_BtV = jax.nn.one_hot(targets_Bt, head_VD.shape[0])
+        hit_BtV = jax.nn.one_hot(targets_Bt, head_VD.shape[0], dtype=logits_BtV.dtype)
         d_BtV = jnp.where(counted_Bt[..., None], jax.nn.softmax(logits_BtV) - hit_BtV, 0)
         d_RV = d_BtV.reshape(-1, head_VD.shape[0]).astype(x_BTD.dtype)
         dhead_VD += product(d_RV.T, x_BtD.reshape(-1, D), axis=0)
         return (total, dhead_VD), product(d_RV, narrow_VD, axis=0).reshape(x_BtD.shape)
 
-    carry = jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32)
+    dtype = wide_dtype(x_BTD.dtype)
+    carry = jnp.zeros((), dtype), jnp.zeros(head_VD.shape, dtype)
     if chunk is None or chunk >= T:
         (total, dhead_VD), dx_BTD = of_chunk(carry, (x_BTD, targets_BT))
     else:
@@ -111,7 +118,7 @@ def _cross_entropy_backward(
     return (dx_BTD * factor).astype(like_x.dtype), (dhead_VD * factor).astype(like_head.dtype), None
 
 
-unembedded_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+_unembedded.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def _cut(x_BTD: jax.Array, targets_BT: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
