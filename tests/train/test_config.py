@@ -91,8 +91,7 @@ def test_a_value_that_cannot_be_is_refused_by_name(values: dict, message: str):
     ("values", "message"),
     [
         ({"lr_schedule": "step"}, "expected cosine or linear or wsd"),
-        ({"dtype": "float16"}, "needs loss scaling, which is not supported yet"),
-        ({"dtype": "fp8"}, "expected auto, float32 or bfloat16"),
+        ({"dtype": "fp8"}, "expected auto or float32 or bfloat16 or float16"),
         ({"device": "mps"}, "jax has no backend"),
         ({"device": "cuda:x"}, "expected auto, cpu, cuda, cuda:N or tpu"),
         ({"backend": "horovod"}, "expected 'nccl' or 'gloo'"),
@@ -105,7 +104,7 @@ def test_what_cannot_be_honoured_is_refused_not_ignored(values: dict, message: s
 
 def test_every_problem_is_reported_at_once():
     with pytest.raises(ConfigError, match=r"batch_size.*dtype"):
-        TrainConfig(batch_size=0, dtype="float16")
+        TrainConfig(batch_size=0, dtype="fp8")
 
 
 def test_a_config_cannot_change_under_a_run():

@@ -96,7 +96,13 @@ class TrainConfig:
     # System.
     backend: str = "nccl"
     device: str = "auto"  # auto | cpu | cuda | cuda:N | tpu
-    dtype: str = "auto"  # auto | float32 | bfloat16; auto is bfloat16 except on the CPU
+    # auto | float32 | bfloat16 | float16; auto is bfloat16 except on the CPU
+    dtype: str = "auto"
+    loss_scale: float = 65536.0  # float16: where the loss scale starts,
+    loss_scale_interval: int = 2000  # and after how many good updates it doubles
+    attention: str = "auto"  # auto | xla | cudnn | splash
+    remat: str = "none"  # none | dots | residual | full: what a block keeps for its backward pass
+    loss_chunk: int = 0  # positions whose logits are formed at a time; 0 = as many as fit in 268 MB
     compile: bool = True  # False runs op by op, for debugging
     deterministic: bool = False  # GPUs: the same bits in every run, more slowly
 
@@ -150,6 +156,9 @@ def _wrong_types(config: TrainConfig) -> Iterator[str]:
 
 
 _ONE_OF = {
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "attention": ("auto", "xla", "cudnn", "splash"),
+    "remat": ("none", "dots", "residual", "full"),
     "eval_mode": ("sample", "full"),
     "data_order": ("random", "epoch"),
     "lr_schedule": ("cosine", "linear", "wsd"),
@@ -168,6 +177,8 @@ _AT_LEAST = {
     "profile_steps": 0,
     "cooldown_iters": 0,
     "skip_spikes": 0,
+    "loss_scale_interval": 1,
+    "loss_chunk": 0,
     "gradient_accumulation_steps": 1,
     "batch_size": 1,
     "block_size": 1,
@@ -197,8 +208,9 @@ def _problems(c: TrainConfig) -> Iterator[str]:
     for name in ("dropout", "beta1", "beta2", "ema_decay"):
         if not 0 <= getattr(c, name) < 1:
             yield f"{name}={getattr(c, name)} must be in [0, 1)"
-    if not c.eps > 0:
-        yield f"eps={c.eps} must be greater than 0"
+    for name in ("eps", "loss_scale"):
+        if not getattr(c, name) > 0:
+            yield f"{name}={getattr(c, name)} must be greater than 0"
     if c.n_head > 0 and c.n_embd % c.n_head:
         yield f"n_embd={c.n_embd} is not divisible by n_head={c.n_head}"
     if c.family == "gpt_oss":
@@ -243,10 +255,6 @@ def _not_honoured(c: TrainConfig) -> Iterator[str]:
         yield "device='mps': jax has no backend for it here; use device='cpu'"
     elif c.device not in ("auto", "cpu", "cuda", "tpu") and not _is_numbered_cuda(c.device):
         yield f"device={c.device!r}: expected auto, cpu, cuda, cuda:N or tpu"
-    if c.dtype == "float16":
-        yield "dtype='float16' needs loss scaling, which is not supported yet; use bfloat16 or float32"
-    elif c.dtype not in ("auto", "float32", "bfloat16"):
-        yield f"dtype={c.dtype!r}: expected auto, float32 or bfloat16"
 
 
 def _is_numbered_cuda(device: str) -> bool:

@@ -212,8 +212,13 @@ class _Trainer:
         (iteration, numbers), self.pending = self.pending, None
         losses = {name: float(numbers[name]) for name in ("train_loss", "grad_norm")}
         speed = self.throughput.lap()
-        self.check_finite(iteration, losses, int(numbers["bad_leaf"]))
-        if not numbers["kept"]:
+        scale = float(numbers["loss_scale"]) if "loss_scale" in numbers else None
+        overflowed = scale is not None and scale >= 1 and not math.isfinite(losses["grad_norm"])
+        if overflowed:  # the update was left out; a scale below 1 is no longer to blame
+            self.terminal.say(f"iter {iteration}: skipped, the loss scale falls to {scale:g}")
+        else:
+            self.check_finite(iteration, losses, int(numbers["bad_leaf"]))
+        if not (overflowed or numbers["kept"]):
             self.terminal.say(
                 f"iter {iteration}: skipped, the gradient's norm {losses['grad_norm']:.3g} is more "
                 f"than {self.config.skip_spikes:g} deviations above the last {guards.WINDOW}"
@@ -222,12 +227,13 @@ class _Trainer:
             "iter": iteration,
             "train_loss": losses["train_loss"],
             "lr": optimizer.learning_rate(self.config, iteration),
-            "grad_norm": losses["grad_norm"],
+            "grad_norm": None if overflowed else losses["grad_norm"],
+            **({} if scale is None else {"loss_scale": scale}),
             **speed,
         }
         if iteration % self.config.log_interval == 0:
             self.record(row)
-        self.terminal.row(row)
+        self.terminal.row({**row, "grad_norm": losses["grad_norm"]})
 
     def record(self, row: dict[str, Any]) -> None:
         self.log.write(row)
