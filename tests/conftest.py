@@ -7,16 +7,16 @@ import hypothesis
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# One cache for all workers and the processes that they start; small programs are most of what tests compile.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
+    "FLAXMILL_JAX_CACHE", str(Path(__file__).parents[1] / ".cache" / "jax")
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update(
-    "jax_compilation_cache_dir",
-    os.environ.get("FLAXMILL_JAX_CACHE", str(Path(__file__).parents[1] / ".cache" / "jax")),
-)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 # The same examples in every run, and no deadline: a first call may compile.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)

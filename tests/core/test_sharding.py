@@ -88,14 +88,10 @@ def test_a_mesh_that_is_none_says_why(sizes: str, message: str):
 
 
 def program(*arguments: Any) -> subprocess.Popen[str]:
-    root = Path(__file__).parents[2]
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(PROGRAM.parent),  # whose modules PYTHONSAFEPATH hides
-        "JAX_COMPILATION_CACHE_DIR": os.environ.get(
-            "FLAXMILL_JAX_CACHE", str(root / ".cache" / "jax")
-        ),
     }
     command = [sys.executable, str(PROGRAM), *map(str, arguments)]
     pipe = subprocess.PIPE

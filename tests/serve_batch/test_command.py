@@ -23,7 +23,6 @@ from serve_batch.shards import Job
 
 SAMPLED = core.Sampling(max_new_tokens=6, temperature=0.9, top_k=40, seed=3)
 FLAGS = ["--max_new_tokens=6", "--temperature=0.9", "--top_k=40", "--seed=3", "--slots=4"]
-CACHE = Path(__file__).parents[2] / ".cache" / "jax"
 
 
 @pytest.fixture
@@ -34,14 +33,10 @@ def command(model, tmp_path) -> list[str]:
 
 @pytest.fixture
 def environment(tmp_path) -> dict[str, str]:
-    """A home that is empty, and the compilation cache of the tests."""
+    """A home that is empty."""
     home = tmp_path / "home"
     home.mkdir()
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": os.environ.get("FLAXMILL_JAX_CACHE", str(CACHE)),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-    }
-    return {**os.environ, **cache, "HOME": str(home), "JAX_PLATFORMS": "cpu"}
+    return {**os.environ, "HOME": str(home), "JAX_PLATFORMS": "cpu"}
 
 
 @pytest.fixture
