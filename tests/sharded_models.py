@@ -52,24 +52,29 @@ def run(kind: str, folder: Path, meshes: list[str]) -> dict[str, Any]:
         for row, length in zip(tokens_BT, (31, 5, 17), strict=True)
     ]
 
-    def go(params: Any) -> tuple[np.ndarray, Any, list[tuple[int, ...]]]:
+    def outputs(params: Any) -> tuple[np.ndarray, Any]:
         logits_BTV = np.asarray(jax.jit(model.apply)(params, tokens_BT))
-        completions = Engine(model, params, slots=3).complete(prompts)
         grads = jax.jit(jax.grad(core.loss), static_argnums=1)(params, model, batch) if dense else 0
-        return logits_BTV, grads, [c.tokens for c in completions if isinstance(c, Completion)]
+        return logits_BTV, grads
+
+    def continuations(params: Any) -> list[tuple[int, ...]]:
+        completions = Engine(model, params, slots=4).complete(prompts)
+        return [c.tokens for c in completions if isinstance(c, Completion)]
 
     def furthest(found: Any, expected: Any) -> float:
         pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
         return max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs)
 
-    alone_BTV, alone_grads, alone = go(opened.params())
+    alone_BTV, alone_grads = outputs(opened.params())
+    alone = continuations(opened.params())
     results = {}
     for sizes in meshes:
         mesh = sharding.mesh(sizes)
         placement = sharding.place(config, mesh)
-        placed = opened.params(shardings=placement.shardings)
+        _, placed, _ = core.load(folder, mesh=mesh)
         with jax.set_mesh(mesh):
-            logits_BTV, grads, found = go(placed)
+            logits_BTV, grads = outputs(placed)
+        found = continuations(placed)
         held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(placed))
         results[sizes] = {
             "difference": furthest(logits_BTV, alone_BTV),

@@ -4,13 +4,17 @@ import itertools
 from typing import Any
 
 import hypothesis
+import jax
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 
 import tiny_gpt_oss
 from core import build
+from core.config import PRESETS
 from core.engine import Completion, Engine, Event, Request
+from core.errors import EngineError
+from core.kv_cache import KVCache
 from core.sampling import Sampling
 
 CHUNK = 16
@@ -120,15 +124,16 @@ def test_what_prompts_have_in_common_is_fed_once(small: Engine, engine: Engine, 
 
 
 def test_no_more_beginnings_are_kept_than_fit(engine: Engine, alone):
-    one = 2 * sum(s for s in (CHUNK,)) * engine.model.config.n_embd * engine.model.config.n_layer
+    chunk = jax.eval_shape(lambda: KVCache.zeros(engine.model.config, 1, CHUNK))
+    one = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(chunk))
     tight = Engine(
-        engine.model, engine.params, engine.tokenizer, slots=3, chunk=CHUNK, prefix_cache=4 * one
+        engine.model, engine.params, engine.tokenizer, slots=3, chunk=CHUNK, prefix_cache=one
     )
     for _ in range(3):
         found = [tight.complete([MENU[i]])[0] for i in (1, 2, 3)]
         assert found == [alone[i] for i in (1, 2, 3)]
-        assert tight._prefixes.nbytes <= 4 * one
-    assert tight._prefixes.nbytes == 4 * one
+        assert tight._prefixes.nbytes <= one
+    assert tight._prefixes.nbytes == one
 
 
 def test_equal_prompts_that_come_together_share_a_prefill(small: Engine, engine: Engine, alone):
@@ -232,6 +237,18 @@ def test_a_ticket_is_cancelled_once_and_gives_what_there_is(small: Engine, alone
         events += small.step()
     ended = {event.request: event.result for event in events if event.result is not None}
     assert ended == {tickets[a]: alone[a], tickets[c]: alone[c]}
+
+
+def test_more_memory_than_there_is_is_refused_with_the_arithmetic():
+    """16 full contexts of the 20B; nothing has been allocated then, not even the parameters."""
+    model = build(PRESETS["gpt-oss-120b"])
+    params = {"wte": {"embedding": np.zeros((1, 1), np.float32)}}
+    with pytest.raises(EngineError) as caught:
+        Engine(model, params, slots=4096)
+    message = str(caught.value)
+    assert "4096 slots of 131072 positions take 4096 x 9.68 GB = 3.96e+04 GB;" in message
+    assert "are free: give fewer slots (at most " in message
+    assert "shorter length" in message
 
 
 @pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 4])

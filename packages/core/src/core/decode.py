@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
+from core import sharding
 from core.kv_cache import KVCache
 from core.models import Model, Params
 from core.sampling import Sampler, Settings
@@ -61,6 +63,19 @@ class State(NamedTuple):
             bias_BV=jnp.zeros((slots, V)),
             tokens_BL=jnp.zeros((slots, length), jnp.int32) if J else None,
         )
+
+    @classmethod
+    def empty(cls, statics: Statics, slots: int, length: int, mesh: Mesh | None) -> "State":
+        """Returns `zeros`, of several devices each its part."""
+        if mesh is None:
+            return cls.zeros(statics, slots, length)
+        make = functools.partial(cls.zeros, statics, slots, length)
+
+        def place(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> NamedSharding:
+            return sharding.rows(mesh, x, heads=path[0].name == "cache")
+
+        places = jax.tree_util.tree_map_with_path(place, jax.eval_shape(make))
+        return jax.jit(make, out_shardings=places)()
 
 
 class Columns(NamedTuple):

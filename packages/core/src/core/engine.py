@@ -9,7 +9,9 @@ last bit. Random draws depend on the seed, the request's id and the token's posi
 """
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -18,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from core import decode
+from core import decode, memory, native, sharding
 from core import sampling as sampling_lib
 from core.continuation import Continuation
 from core.decode import Columns, Produced, State, Statics
+from core.errors import EngineError, SamplingError, TokenizerError
 from core.errors import RequestError as RequestError
-from core.errors import SamplingError, TokenizerError
 from core.kv_cache import FEW, KVCache
 from core.models import Model, Params
 from core.prefixes import Prefixes
@@ -47,7 +49,8 @@ class Engine:
 
     Args:
       model: from `core.load` or `core.build`.
-      params: its parameters; never donated, so they may be a mapped file.
+      params: its parameters; never donated, so they may be a mapped file. Where they lie on a mesh of devices, so does
+        everything else: slots over "data", heads over "tensor".
       tokenizer: None allows prompts of token ids only, and gives no text.
       slots: rows that decode together; results depend on it in the last bits, so keep it with a job.
       length: positions that a slot holds, of prompt and continuation; by default the model's context.
@@ -58,6 +61,9 @@ class Engine:
       top_logprobs: the most alternatives that a request may ask log-probabilities of.
       sampler: draws the tokens; see `core.sampling.Sampler`.
       dtype: of activations and cache; by default that of the embeddings.
+
+    Raises:
+      EngineError: the slots take more memory than there is.
     """
 
     def __init__(
@@ -105,6 +111,8 @@ class Engine:
         self._no_bias_V = np.zeros(config.vocab_size, np.float32)
         self._tickets = 0
         self._inbox: _Inbox = collections.deque()
+        self._mesh = sharding.mesh_of(params)
+        self._check_memory()
         self._reset()
 
     def generate(
@@ -321,28 +329,60 @@ class Engine:
 
     def _advance(self, steps: int) -> None:
         """Fills free slots, decodes once, and delivers what came out; what runs is lost if that fails."""
+        mesh = contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
         try:
-            state = self._fill(self._state or self._empty())
-            running = [row is not None and row.is_filled for row in self._rows]
-            if any(row.sampling.stop for row in filter(None, self._rows)):
-                steps = min(steps, STOP_CHECK_STEPS)
-            waits = bool(self._line) or sum(running) < sum(map(bool, self._rows))
-            columns = self._columns(running)
-            pause = 1 if waits else self.slots
-            self._state, out = decode.decode(
-                self._statics, self.params, state, columns, steps, pause
-            )
-            out = jax.device_get(out)
-            self.counters.steps += int(out.steps)
-            self.counters.tokens += int(out.count_B.sum())
-            self._deliver(out)
+            with mesh, native.serving():
+                self._go_on(steps)
         except BaseException:
             self._reset()
             raise
 
-    def _empty(self) -> State:
+    def _go_on(self, steps: int) -> None:
+        if self._state is None:
+            self._state = State.empty(self._statics, self.slots, self._capacity, self._mesh)
+        state = self._fill(self._state)
+        running = [row is not None and row.is_filled for row in self._rows]
+        if any(row.sampling.stop for row in filter(None, self._rows)):
+            steps = min(steps, STOP_CHECK_STEPS)
+        waits = bool(self._line) or sum(running) < sum(map(bool, self._rows))
+        self._state, out = decode.decode(
+            self._statics,
+            self.params,
+            state,
+            self._columns(running),
+            steps,
+            1 if waits else self.slots,
+        )
+        out = jax.device_get(out)
+        self.counters.steps += int(out.steps)
+        self.counters.tokens += int(out.count_B.sum())
+        self._deliver(out)
+
+    @property
+    def nbytes(self) -> int:
+        """What the slots take: the caches, and a few numbers for each token of the vocabulary."""
+        make = functools.partial(State.zeros, self._statics, self.slots, self._capacity)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(make)))
+
+    @property
+    def _capacity(self) -> int:
+        """Positions a slot, those that only padding and drafts come to included."""
         largest, length = self._chunks[-1], self.length + self._statics.speculation
-        return decode.State.zeros(self._statics, self.slots, -(-length // largest) * largest)
+        return -(-length // largest) * largest
+
+    def _check_memory(self) -> None:
+        devices = [jax.local_devices()[0]] if self._mesh is None else self._mesh.local_devices
+        there = [memory.free(device) for device in devices]
+        # The devices of a CPU are simulated: all have the same memory.
+        known = there[:1] if devices[0].platform == "cpu" else there
+        if None in known or (free := sum(filter(None, known))) >= self.nbytes:
+            return
+        one = self.nbytes // self.slots
+        raise EngineError(
+            f"{self.slots} slots of {self.length} positions take {self.slots} x {memory.spell(one)} = "
+            f"{memory.spell(self.nbytes)}; {memory.spell(free)} are free: give fewer slots "
+            f"(at most {free // one}) or a shorter length"
+        )
 
     def _fill(self, state: State) -> State:
         """Gives free slots to those who wait, and feeds prompts; not many while others wait to decode."""

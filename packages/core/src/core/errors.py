@@ -6,6 +6,7 @@
     ├── CheckpointError   a model folder that is missing, incomplete, damaged or in the way
     ├── SamplingError     sampling parameters that cannot be
     ├── RequestError      a prompt that cannot be served; has a stable `code`
+    ├── EngineError       an engine that cannot be: its slots take more memory than there is
     └── NativeError       native kernels that are required and cannot be had, or are used for what they cannot do
 
 The other packages add their own kinds. A command line turns every FlaxmillError into one line and exit code 1.
@@ -38,6 +39,10 @@ class RequestError(FlaxmillError, ValueError):
     def __init__(self, code: str, message: str):
         super().__init__(message)
         self.code = code
+
+
+class EngineError(FlaxmillError):
+    """An engine that cannot be; says what it would take."""
 
 
 class NativeError(FlaxmillError):

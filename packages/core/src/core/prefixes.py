@@ -1,8 +1,8 @@
 """The cache of prompts' beginnings: what many prompts have in common is fed once.
 
 A prompt goes in by chunks of a fixed size, so what a whole chunk leaves in the cache depends on the tokens up to its
-end and on nothing else, and putting it there again is the same to the last bit as feeding it. Only a beginning that comes
-a second time is kept, and of those the ones used last.
+end and on nothing else, and putting it there again is the same to the last bit as feeding it. Only a beginning that
+comes a second time is kept, and of those the ones used last.
 """
 
 import collections

@@ -5,10 +5,11 @@
     placement = sharding.place(folder.config, mesh)
     params = folder.params(shardings=placement.shardings)
     with jax.set_mesh(mesh):
-        engine.complete(...)
+        model.apply(params, ...)
 
 The mesh has to be set where a mixture of experts runs: there each device works for its own experts (`core.moe`).
-Everything else XLA partitions from where the parameters are.
+Everything else XLA partitions from where the parameters are. `core.load` does all this, and an engine sets the mesh of
+its parameters itself.
 """
 
 import dataclasses
@@ -112,6 +113,25 @@ def cut_batch(x: jax.Array) -> jax.Array:
     if devices == 1 or x.shape[0] % devices:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH))
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """Returns the mesh of several devices on which parameters lie; None if they are on one."""
+    for x in jax.tree.leaves(params):
+        placed = getattr(x, "sharding", None)
+        if isinstance(placed, NamedSharding) and isinstance(placed.mesh, Mesh):
+            return placed.mesh if placed.mesh.size > 1 else None
+    return None
+
+
+def rows(mesh: Mesh, x: jax.ShapeDtypeStruct, *, heads: bool) -> NamedSharding:
+    """Returns where an array of a row a slot goes: rows over "data", a cache's heads [R, K, S, H] over "tensor"."""
+
+    def cut(size: int, axis: str) -> str | None:
+        return axis if mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
+
+    spec = [cut(x.shape[0], "data")] + ([cut(x.shape[1], "tensor")] if heads else [])
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def _parsed(sizes: str) -> dict[str, int]:

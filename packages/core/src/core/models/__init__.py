@@ -13,8 +13,9 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 
-from core import checkpoint
+from core import checkpoint, sharding
 from core.config import Config
 from core.kv_cache import KVCache
 from core.layers import unembed
@@ -158,19 +159,25 @@ def _init(module: nn.Module, key: jax.Array, tokens_BT: jax.Array) -> Any:
     return module.init(key, tokens_BT, tokens_BT)
 
 
-def load(path: str | Path, dtype: Any = None) -> tuple[Model, Params, Tokenizer | None]:
+def load(
+    path: str | Path, dtype: Any = None, *, mesh: Mesh | str | None = None
+) -> tuple[Model, Params, Tokenizer | None]:
     """Opens a model folder: the model, its parameters (cast to `dtype` if given) and its tokenizer if it has one.
 
-    Without a cast the parameters are the mapped file itself: opening takes milliseconds and no memory. The model's
-    configuration has the ids that end a text from generation_config.json too.
+    Without a cast the parameters are the mapped file itself: opening takes milliseconds and no memory. With a mesh, as
+    "tensor=8" (`core.sharding`), each device gets its part. The model's configuration has the ids that end a text from
+    generation_config.json too.
 
     Raises:
       CheckpointError: `path` is no whole model folder.
       TokenizerError: its tokenizer cannot be read.
+      ConfigError: the devices do not make the mesh.
     """
     folder = checkpoint.open(path)
     model = build(folder.config_with_stop_ids())
-    return model, folder.params(dtype), Tokenizer.find(folder.path)
+    mesh = sharding.mesh(mesh) if isinstance(mesh, str) else mesh
+    shardings = None if mesh is None else sharding.place(folder.config, mesh).shardings
+    return model, folder.params(dtype, shardings=shardings), Tokenizer.find(folder.path)
 
 
 def build(config: Config) -> Model:
