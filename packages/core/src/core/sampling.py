@@ -216,15 +216,12 @@ def sample(
       stop_ids: the tokens that end a text.
     """
     logits_BV = adjust(logits_BV, settings, counts_BV, bias_BV, produced_B, stop_ids)
-    greedy_B = settings.temperature_B == 0
-
-    def draw(logits_BV):
-        warped_BV = warp(logits_BV, settings)
-        drawn_B = jax.vmap(jax.random.categorical)(keys_B, warped_BV)
-        return jnp.where(greedy_B, logits_BV.argmax(-1), drawn_B)
-
-    tokens_B = jax.lax.cond(greedy_B.all(), lambda x: x.argmax(-1), draw, logits_BV)
-    return tokens_B.astype(jnp.int32)
+    return jax.lax.cond(
+        (settings.temperature_B == 0).all(),
+        likeliest,
+        lambda x_BV: draw(x_BV, keys_B, settings),
+        logits_BV,
+    )
 
 
 def adjust(
@@ -238,26 +235,21 @@ def adjust(
     """Returns the logits after bias, penalties and the ban on stop ids; a row that wants none keeps its bits."""
     if bias_BV is not None:
         logits_BV = logits_BV + bias_BV
-    repeats_B = settings.repetition_penalty_B != 1
-    logits_BV = jax.lax.cond(
-        repeats_B.any(),
-        lambda x: penalise_repetition(x, counts_BV > 0, settings.repetition_penalty_B),
-        lambda x: x,
-        logits_BV,
-    )
-    counts_B = (settings.presence_penalty_B != 0) | (settings.frequency_penalty_B != 0)
-    logits_BV = jax.lax.cond(
-        counts_B.any(),
-        lambda x: penalise_produced(x, counts_BV // 2, settings),
-        lambda x: x,
-        logits_BV,
-    )
-    if not stop_ids:
-        return logits_BV
     early_B = produced_B < settings.min_new_tokens_B
-    stop_S = jnp.array(stop_ids)
-    kept_BS = jnp.where(early_B[:, None], -jnp.inf, logits_BV[:, stop_S])
-    return logits_BV.at[:, stop_S].set(kept_BS, mode="drop")
+    wants_B = (
+        (settings.repetition_penalty_B != 1)
+        | (settings.presence_penalty_B != 0)
+        | (settings.frequency_penalty_B != 0)
+        | early_B
+    )
+
+    def penalise(x_BV: jax.Array) -> jax.Array:
+        x_BV = penalise_repetition(x_BV, counts_BV > 0, settings.repetition_penalty_B)
+        x_BV = penalise_produced(x_BV, counts_BV // 2, settings)
+        is_stop_V = np.isin(np.arange(x_BV.shape[1]), stop_ids)
+        return jnp.where(early_B[:, None] & is_stop_V[None], -jnp.inf, x_BV)
+
+    return jax.lax.cond(wants_B.any(), penalise, lambda x_BV: x_BV, logits_BV)
 
 
 def penalise_repetition(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B: Column) -> jax.Array:
@@ -276,38 +268,187 @@ def penalise_produced(
     return logits_BV - frequency_BV - presence_BV
 
 
-def warp(logits_BV: jax.Array, settings: Settings) -> jax.Array:
-    """Returns the logits after temperature, top-k, top-p and min-p; dropped tokens are minus infinity.
+def likeliest(logits_BV: jax.Array) -> jax.Array:
+    """Returns the first token_B of those with the largest logit."""
+    # Two reductions of floats: on a CPU, XLA's argmax takes ten times as long. Ids below 2**24 are exact.
+    ids_1V = jnp.arange(logits_BV.shape[1], dtype=jnp.float32)[None]
+    is_top_BV = logits_BV == logits_BV.max(-1, keepdims=True)
+    return jnp.where(is_top_BV, ids_1V, ids_1V[:, -1:]).min(-1).astype(jnp.int32)
 
-    Rows of temperature 0 are left at temperature 1.
+
+def draw(logits_BV: jax.Array, keys_B: jax.Array, settings: Settings) -> jax.Array:
+    """Returns tokens_B drawn after temperature, top-k, top-p and min-p; the likeliest where the temperature is 0.
+
+    A token from outside the nucleus of top-p is drawn again, among those that rank above it. What is found is
+    distributed as if the nucleus had been cut out first, and its edge need not be searched for (as in FlashInfer).
     """
-    temperature_B = jnp.where(settings.temperature_B == 0, 1, settings.temperature_B)
-    logits_BV = logits_BV / temperature_B[:, None]
-    # Sorting 50,000 numbers a row costs more than the rest, and a row that filters nothing is the same either way.
-    filters_B = (settings.top_k_B > 0) | (settings.top_p_B < 1) | (settings.min_p_B > 0)
-    return jax.lax.cond(filters_B.any(), lambda x: _filter(x, settings), lambda x: x, logits_BV)
+    B, V = logits_BV.shape
+    logits_BCW = chunks(logits_BV)
+    weights_BCW, sums_BC, nucleus_B = weigh(logits_BCW, settings)
+    greedy_B = settings.temperature_B == 0
+
+    def pick(floor: _Floor, sums_BC: jax.Array, turn: jax.Array | int) -> _Floor:
+        words_B = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, turn)))(keys_B)
+        target_B = jnp.where(greedy_B, 0, _share(words_B, sums_BC.sum(-1)))
+        return _find(logits_BCW, weights_BCW, floor, sums_BC, target_B)
+
+    def check(carry: tuple[_Floor, jax.Array, jax.Array]) -> tuple[_Floor, jax.Array, jax.Array]:
+        found, open_B, turn = carry
+        sums_BC = jnp.where(found.is_below(logits_BCW), weights_BCW, 0).sum(-1)
+        open_B &= sums_BC.sum(-1) >= nucleus_B
+        again = pick(found, sums_BC, turn)
+        found = jax.tree.map(lambda new_B, old_B: jnp.where(open_B, new_B, old_B), again, found)
+        return found, open_B, turn + 1
+
+    found = pick(_Floor(jnp.full(B, -jnp.inf), jnp.full(B, -1)), sums_BC, 0)
+    start = found, nucleus_B < sums_BC.sum(-1), jnp.int32(1)
+    found, *_ = jax.lax.while_loop(lambda carry: carry[1].any(), check, start)
+    return jnp.clip(found.token_B, 0, V - 1)
 
 
-def _filter(logits_BV: jax.Array, settings: Settings) -> jax.Array:
-    V = logits_BV.shape[1]
-    order_BV = jnp.argsort(logits_BV, axis=-1)  # ascending, as in HF's processors
-    sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
+def chunks(logits_BV: jax.Array) -> jax.Array:
+    """Returns the logits_BCW in chunks, the last one filled up with tokens that are never drawn."""
+    B, V = logits_BV.shape
+    padded_BV = jnp.pad(logits_BV, ((0, 0), (0, -V % _WIDTH)), constant_values=-jnp.inf)
+    return padded_BV.reshape(B, -1, _WIDTH)
 
-    k_B = jnp.where(settings.top_k_B > 0, jnp.minimum(settings.top_k_B, V), V)
-    kth_B1 = jnp.take_along_axis(sorted_BV, (V - k_B)[:, None], axis=-1)
-    sorted_BV = jnp.where(sorted_BV < kth_B1, -jnp.inf, sorted_BV)
 
-    below_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1)
-    outside_BV = below_BV <= (1 - settings.top_p_B)[:, None]
-    outside_BV = outside_BV.at[:, -1].set(False) & (settings.top_p_B < 1)[:, None]
-    sorted_BV = jnp.where(outside_BV, -jnp.inf, sorted_BV)
+class _Floor(NamedTuple):
+    """A token a row, and its logit. Tokens rank by logit, and equal ones by id, as in HF's stable ascending sort."""
 
-    floor_B1 = sorted_BV[:, -1:] + jnp.log(settings.min_p_B)[:, None]
-    sorted_BV = jnp.where(sorted_BV < floor_B1, -jnp.inf, sorted_BV)
+    logit_B: jax.Array
+    token_B: jax.Array
 
-    return jax.vmap(lambda row, order, values: row.at[order].set(values))(
-        logits_BV, order_BV, sorted_BV
+    def is_below(self, logits_BCW: jax.Array, first_B: jax.Array | int = 0) -> jax.Array:
+        """Returns whether each logit ranks above; the first of a row's is that of token `first_B`."""
+        ids_1CW = jnp.arange(np.prod(logits_BCW.shape[1:])).reshape(1, *logits_BCW.shape[1:])
+        after_B11 = (self.token_B - first_B)[:, None, None]
+        logit_B11 = self.logit_B[:, None, None]
+        return (logits_BCW > logit_B11) | ((logits_BCW == logit_B11) & (ids_1CW > after_B11))
+
+
+def weigh(logits_BCW: jax.Array, settings: Settings) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns weights_BCW to draw tokens with, their sums_BC, and nucleus_B: what ranks above a kept token weighs less.
+
+    Weights are integers, proportional to the probabilities after temperature, top-k and min-p. Those of 2**18 tokens
+    sum to 2**29 or more, so what is less likely than 2**-30 may never be drawn. Sums of integers are the same in any
+    order: on every number of rows, cores and devices.
+    """
+    greedy_B = settings.temperature_B == 0
+    temperature_B = jnp.where(greedy_B, 1, settings.temperature_B)
+    top_B = logits_BCW.max((1, 2))
+    floor_B = jnp.where(greedy_B, top_B, _kth(logits_BCW, top_B, temperature_B, settings))
+    shifted_BCW = (logits_BCW - top_B[:, None, None]) / temperature_B[:, None, None]
+    odds_BCW = jnp.where(logits_BCW >= floor_B[:, None, None], jnp.exp(shifted_BCW), 0)
+    all_BCW = jnp.round(odds_BCW * _scale(odds_BCW)[:, None, None]).astype(jnp.int32)
+    is_likely_BCW = shifted_BCW >= jnp.log(settings.min_p_B)[:, None, None]
+    weights_BCW = jnp.where(is_likely_BCW, all_BCW, 0)
+    sums_BC = weights_BCW.sum(-1)
+
+    has_nucleus_B = (settings.top_p_B < 1) & ~greedy_B
+    total_B = sums_BC.sum(-1)
+    whole_B = jax.lax.cond(
+        (has_nucleus_B & (settings.min_p_B > 0)).any(),  # top-p comes before min-p
+        lambda: all_BCW.sum(-1).sum(-1),
+        lambda: total_B,
     )
+    words_B = jnp.minimum(settings.top_p_B * 2.0**32, 2.0**32 - 256).astype(jnp.uint32)
+    is_rest_B = words_B * whole_B.astype(jnp.uint32) != 0
+    nucleus_B = jnp.clip(_share(words_B, whole_B) + is_rest_B.astype(jnp.int32), 1, total_B)
+    return weights_BCW, sums_BC, jnp.where(has_nucleus_B, nucleus_B, total_B)
+
+
+def _scale(odds_BCW: jax.Array) -> jax.Array:
+    """Returns what to multiply odds with, 1 the largest, for a sum close to 2**31 and below it once rounded."""
+    # In units of 2**-16, of which a chunk holds 2**24 at most: its sum is exact in float32, in any order.
+    units_BC = jnp.round(odds_BCW * 2.0**16).sum(-1).astype(jnp.int32)
+    parts = (units_BC >> 12).sum(-1), (units_BC & 0xFFF).sum(-1)
+    coarse_B, fine_B = (part_B.astype(jnp.float32) for part_B in parts)
+    size = np.prod(odds_BCW.shape[1:])
+    bound_B = (coarse_B * 2.0**12 + fine_B + size / 2) / 2.0**16
+    return (2.0**31 - size) * (1 - 2.0**-20) / bound_B
+
+
+def _kth(
+    logits_BCW: jax.Array, top_B: jax.Array, temperature_B: jax.Array, settings: Settings
+) -> jax.Array:
+    """Returns the least logit_B that top-k keeps, or one between it and the next; minus infinity where it keeps all.
+
+    By bisection, which counts the logits above a value in each turn; far less work than sorting them.
+    """
+    k_B = settings.top_k_B
+    # Further down, weights are nothing: exp(-32) < 2**-46.
+    least_B = jnp.maximum(top_B - 32 * temperature_B, -_LARGEST)
+
+    def halve(carry):
+        low_B, high_B, open_B, turn = carry
+        halfway_B = _key(_logit(low_B) / 2 + _logit(high_B) / 2)
+        # Halving the number of floats between is slower at first, and ends soon wherever they are.
+        halfway_B = jnp.where(turn < 24, halfway_B, (low_B >> 1) + (high_B >> 1))
+        middle_B = jnp.where(turn == 0, _key(least_B), jnp.clip(halfway_B, low_B + 1, high_B - 1))
+        # In floats, which hold these numbers exactly and which XLA adds faster.
+        is_in_BCW = logits_BCW >= _logit(middle_B)[:, None, None]
+        count_B = is_in_BCW.astype(jnp.float32).sum((1, 2)).astype(jnp.int32)
+        low_B = jnp.where(open_B & (count_B >= k_B), middle_B, low_B)
+        high_B = jnp.where(open_B & (count_B < k_B), middle_B, high_B)
+        is_between_B = (low_B + 1 < high_B) & (high_B > _key(least_B))
+        return low_B, high_B, open_B & (count_B != k_B) & is_between_B, turn + 1
+
+    low_B = _key(jnp.full_like(top_B, -jnp.inf))
+    open_B = (k_B > 0) & (settings.temperature_B > 0)
+    start = low_B, _key(top_B) + 1, open_B, jnp.int32(0)
+    low_B, *_ = jax.lax.while_loop(lambda carry: carry[2].any(), halve, start)
+    return _logit(low_B)
+
+
+def _key(logit_B: jax.Array) -> jax.Array:
+    """Returns integers in the order of the floats, neighbours for neighbours; `_logit` is the way back."""
+    bits_B = jax.lax.bitcast_convert_type(logit_B, jnp.int32)
+    return bits_B ^ ((bits_B >> 31) & 0x7FFFFFFF)
+
+
+def _logit(key_B: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(key_B ^ ((key_B >> 31) & 0x7FFFFFFF), jnp.float32)
+
+
+def _share(words_B: jax.Array, total_B: jax.Array) -> jax.Array:
+    """Returns `total_B` times `words_B` / 2**32, rounded down, exactly."""
+    a, b = words_B, total_B.astype(jnp.uint32)
+    low = (a & 0xFFFF) * (b & 0xFFFF)
+    middle = (a >> 16) * (b & 0xFFFF) + (low >> 16)
+    other = (a & 0xFFFF) * (b >> 16) + (middle & 0xFFFF)
+    return ((a >> 16) * (b >> 16) + (middle >> 16) + (other >> 16)).astype(jnp.int32)
+
+
+def _find(
+    logits_BCW: jax.Array,
+    weights_BCW: jax.Array,
+    floor: _Floor,
+    sums_BC: jax.Array,
+    target_B: jax.Array,
+) -> _Floor:
+    """Returns the first token of each row up to which those above the floor weigh more than the target.
+
+    `sums_BC` is what a chunk's tokens above the floor weigh.
+    """
+    W = logits_BCW.shape[2]
+
+    def place(sizes_BN: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        ends_BN = jnp.cumsum(sizes_BN, axis=-1)
+        is_before_BN = ends_BN <= target_B[:, None]
+        before_B = jnp.where(is_before_BN, sizes_BN, 0).sum(-1)
+        return jnp.minimum(is_before_BN.sum(-1), sizes_BN.shape[1] - 1), target_B - before_B
+
+    chunk_B, rest_B = place(sums_BC, target_B)
+
+    def at(x_BCW: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x_BCW, chunk_B[:, None, None], axis=1)
+
+    logits_B1W = at(logits_BCW)
+    is_above_B1W = floor.is_below(logits_B1W, chunk_B * W)
+    within_B, _ = place(jnp.where(is_above_B1W, at(weights_BCW), 0)[:, 0], rest_B)
+    logit_B = jnp.take_along_axis(logits_B1W[:, 0], within_B[:, None], axis=1)[:, 0]
+    return _Floor(logit_B, chunk_B * W + within_B)
 
 
 def _pairs(value: Any) -> tuple[tuple[int, float], ...]:
@@ -351,3 +492,4 @@ def _number(value: Any) -> int | float:
 
 
 _LARGEST = float(np.finfo(np.float32).max)
+_WIDTH = 256  # tokens a chunk; a draw finds the chunk and then the token in it
