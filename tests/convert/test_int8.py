@@ -12,6 +12,7 @@ import gpt_oss_checkpoints as gpt_oss
 import hf_checkpoints as hf
 from convert import ConvertError, int8
 from core import checkpoint
+from core import int8 as rounding
 from core.config import GPT2Config
 
 KERNELS = {
@@ -96,7 +97,7 @@ def test_a_channel(row: list[float], values: list[int], scale: float):
 
 
 def test_parts_are_few_channels_and_whole_ones(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(int8, "_PART", 500)
+    monkeypatch.setattr(rounding, "_PART", 500)
     weights = np.random.default_rng(0).standard_normal((30, 2, 35)).astype(np.float32)
     found = [*int8.values(weights.transpose(2, 0, 1), 1, "w")]
     assert {part.shape for part in found[:-1]} == {(8, 60)}

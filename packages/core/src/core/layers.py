@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from core.quant import Int8
+from core.quant import DynamicInt8, Int8, Transposed, round_rows
+
+Kernel = jax.Array | Int8 | DynamicInt8 | Transposed
 
 
 def wide_dtype(dtype: Any) -> Any:
@@ -141,12 +143,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 _FEW_ROWS = 64
 
 
-def linear(
-    x: jax.Array, kernel: jax.Array | Int8, bias: jax.Array | None, *, inputs: int = 1
-) -> jax.Array:
+def linear(x: jax.Array, kernel: Kernel, bias: jax.Array | None, *, inputs: int = 1) -> jax.Array:
     """Returns `x @ kernel + bias`, contracting the last `inputs` axes of `x` with the first of `kernel`.
 
-    An Int8 has its output axes first, and no gradient: those of `x` and of the bias are defined.
+    A kernel of `core.quant` has its output axes first. An Int8 has no gradient: those of `x` and of the bias are
+    defined.
 
     >>> linear(jnp.ones((2, 5, 4)), jnp.ones((4, 3, 2)), jnp.ones((3, 2))).shape
     (2, 5, 3, 2)
@@ -156,6 +157,13 @@ def linear(
     if isinstance(kernel, Int8):
         outputs = kernel.scales_O.shape
         flat = _int8_product(flat, kernel).astype(x.dtype)
+    elif isinstance(kernel, DynamicInt8):
+        outputs = kernel.scales_O.shape
+        flat = _dynamic_int8_product(flat, kernel).astype(x.dtype)
+    elif isinstance(kernel, Transposed):
+        outputs = kernel.kernel_OI.shape[:-inputs]
+        matrix = kernel.kernel_OI.reshape(-1, flat.shape[1]).astype(x.dtype)
+        flat = product(flat, matrix, axis=1).astype(x.dtype)
     else:
         outputs = kernel.shape[inputs:]
         matrix = kernel.reshape(-1, _size(outputs)).astype(x.dtype)
@@ -166,10 +174,14 @@ def linear(
     return flat.reshape(rows + outputs)
 
 
-def unembed(x_BTD: jax.Array, kernel_VD: jax.Array) -> jax.Array:
+def unembed(x_BTD: jax.Array, kernel_VD: jax.Array | DynamicInt8) -> jax.Array:
     """Returns the logits_BTV of `x_BTD`, in float32 whatever the activations are."""
     B, T, D = x_BTD.shape
-    logits_RV = product(x_BTD.reshape(B * T, D), kernel_VD.astype(x_BTD.dtype), axis=1)
+    x_RD = x_BTD.reshape(B * T, D)
+    if isinstance(kernel_VD, DynamicInt8):
+        logits_RV = _dynamic_int8_product(x_RD, kernel_VD)
+    else:
+        logits_RV = product(x_RD, kernel_VD.astype(x_BTD.dtype), axis=1)
     return logits_RV.reshape(B, T, -1)
 
 
@@ -211,6 +223,24 @@ def _int8_product(x_RI: jax.Array, kernel: Int8) -> jax.Array:
     if whole < O:
         y_RO = jnp.concatenate([y_RO, of_tile(values_OI[whole:])], axis=1)
     return y_RO * kernel.scales_O.reshape(1, -1)
+
+
+def _dynamic_int8_product(x_RI: jax.Array, kernel: DynamicInt8) -> jax.Array:
+    """Returns `x_RI`, rounded row by row, times the kernel, in float32: sums of whole numbers, scaled.
+
+    XLA multiplies whole numbers as they lie in memory if there are two rows; for one a CPU first widens the matrix.
+    """
+    values_RI, scales_R1 = round_rows(x_RI)
+    if len(values_RI) == 1:
+        values_RI = jnp.concatenate([values_RI, values_RI])
+    sums_RO = jax.lax.dot_general(
+        values_RI,
+        kernel.values_OI.reshape(-1, x_RI.shape[1]),
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.int32,
+    )
+    y_RO = sums_RO[: len(x_RI)].astype(jnp.float32) * kernel.scales_O.reshape(1, -1)
+    return y_RO * scales_R1
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -4,7 +4,9 @@ MXFP4 (OCP Microscaling Formats 1.0, 2023): 32 consecutive numbers of the contra
 each is four bits (E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives), two to a byte, the first in the low half.
 
 Int8: whole numbers from -127 to 127 and one float32 scale for each output channel, which is a 127th of the channel's
-largest weight (`convert.int8`).
+largest weight (`core.int8`).
+
+Model folders hold MXFP4 and Int8; `core.precision` makes the other forms, which are multiplied faster.
 """
 
 from typing import NamedTuple
@@ -52,6 +54,30 @@ class Int8(NamedTuple):
         inputs = (1,) * (self.values_OI.ndim - self.scales_O.ndim)
         scales = self.scales_O.reshape(self.scales_O.shape + inputs)
         return (self.values_OI.astype(jnp.float32) * scales).astype(dtype)
+
+
+class DynamicInt8(NamedTuple):
+    """An Int8 of which the product is one of whole numbers: what it is multiplied by is rounded too, row by row."""
+
+    values_OI: jax.Array  # int8
+    scales_O: jax.Array  # float32
+
+
+class Transposed(NamedTuple):
+    """A kernel with its output axes first, as a CPU reads narrow numbers fastest."""
+
+    kernel_OI: jax.Array
+
+
+def round_rows(x_RI: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the whole numbers and the scales [R, 1] of `x_RI`: a row's scale is a 127th of its largest number.
+
+    A row that is not finite has no finite scale, so that what becomes of it is no number either.
+    """
+    wide_RI = x_RI.astype(jnp.float32)
+    scales_R1 = jnp.abs(wide_RI).max(-1, keepdims=True) / 127
+    scales_R1 = jnp.where(scales_R1 == 0, 1, scales_R1)
+    return jnp.round(wide_RI / scales_R1).astype(jnp.int8), scales_R1
 
 
 def _power(biased: jax.Array, dtype) -> jax.Array:

@@ -20,6 +20,9 @@ FAMILIES: dict[str, type[Config]] = {"gpt2": GPT2Config, "gpt_oss": GptOssConfig
 PRESETS: dict[str, Config] = {**gpt2.PRESETS, **gpt_oss.PRESETS}
 """The models that are known by name."""
 
+PRECISIONS = ("float32", "bfloat16", "int8")
+"""What a model can compute in, see `core.precision`."""
+
 
 def from_dict(config: Mapping[str, Any]) -> Config:
     """Reads a model folder's config.json of whichever family it names."""

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from core import sharding
 from core.layers import linear
-from core.quant import Int8
+from core.quant import DynamicInt8, Int8, Transposed
 
 Initializer = Callable[..., jax.Array]
 
@@ -68,8 +68,8 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel: Any = self.param("kernel", self._values if self.int8 else self._dense)
-        if self.int8:
+        kernel = _stored(self, "kernel", self._values if self.int8 else self._dense)
+        if isinstance(kernel, dict):
             kernel = Int8(kernel["values"], kernel["scales"])
         bias = self.param("bias", nn.initializers.zeros, self.outputs) if self.use_bias else None
         return linear(x, kernel, bias, inputs=len(self.inputs))
@@ -91,12 +91,22 @@ class Table(nn.Module):
     initializer: Initializer
 
     @nn.compact
-    def __call__(self) -> jax.Array:
-        return self.param(self.leaf, self.initializer, self.shape)
+    def __call__(self) -> Any:
+        return _stored(self, self.leaf, lambda key: self.initializer(key, self.shape))
 
 
-def rows(table: jax.Array, ids_BT: jax.Array) -> jax.Array:
+def _stored(module: nn.Module, name: str, start: Callable[[jax.Array], Any]) -> Any:
+    """Returns a parameter, which begins as `start` gives it and may since have been put in a form of `core.quant`."""
+    found = module.get_variable("params", name)
+    return found if isinstance(found, DynamicInt8 | Transposed) else module.param(name, start)
+
+
+def rows(table: jax.Array | DynamicInt8, ids_BT: jax.Array) -> jax.Array:
     """Returns the rows of `table`; NaN for an id that it has not, because a wrong row would pass for a right one."""
+    if isinstance(table, DynamicInt8):
+        values, ids_BT = jax.lax.optimization_barrier((table.values_OI, ids_BT))
+        scales = rows(table.scales_O[:, None], ids_BT)  # in which an id that it has not shows
+        return values.at[ids_BT].get(mode="clip").astype(jnp.float32) * scales
     if table.dtype.itemsize < 4:
         # Else XLA makes a float32 copy of the whole table before a loop in which rows are taken from it.
         table, ids_BT = jax.lax.optimization_barrier((table, ids_BT))
