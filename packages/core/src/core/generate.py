@@ -2,6 +2,8 @@
 
     python -m core.generate --model=models/gpt2 --prompt="The flax mill" --max_new_tokens=60
 
+Several prompts and samples go through the model together, and are printed in order.
+
 With --json, one object a line: "prompt_tokens", "tokens", "text", "finish_reason", and "logprobs" if asked for.
 
 With --chat, a prompt is what a user says to a chat model, and its answer is printed. Of a model that thinks in channels
@@ -15,19 +17,20 @@ import datetime
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from core import door, sampling_flags
-from core.errors import FlaxmillError, RequestError
+from core.errors import FlaxmillError, RequestError, TokenizerError
 
 if TYPE_CHECKING:
     from core import harmony
     from core.engine import Engine
-    from core.requests import Completion, Event, TokenScore
+    from core.models import Model, Params
+    from core.requests import Completion, Event, Request, TokenScore
     from core.sampling import Sampling
     from core.tokenizer import Tokenizer
 
@@ -53,6 +56,19 @@ _REASONING_EFFORT = flags.DEFINE_string(
 _NUM_SAMPLES = flags.DEFINE_integer(
     "num_samples", 1, "Continuations of each prompt.", lower_bound=1
 )
+_SLOTS = flags.DEFINE_integer(
+    "slots", 8, "Continuations that are produced together, at most.", lower_bound=1
+)
+_SPECULATION = flags.DEFINE_integer(
+    "speculation",
+    0,
+    "Tokens a step that are guessed from the text before and checked: faster where texts repeat themselves.",
+    lower_bound=0,
+    upper_bound=15,
+)
+_MESH = flags.DEFINE_string(
+    "mesh", None, "Lays the model over several devices, as tensor=8 (core.sharding)."
+)
 _JSON = flags.DEFINE_bool("json", False, "Prints one JSON object a continuation.")
 _LOGPROBS = flags.DEFINE_integer(
     "logprobs",
@@ -75,21 +91,82 @@ def main() -> None:
     prompts = [*map(_text, _PROMPT.value), *map(_tokens, _PROMPT_TOKENS.value)]
 
     import core
-    from core.engine import Engine, Request
+    from core import compiled
 
+    compiled.keep()
     sampling = sampling_flags.sampling(logprobs=_LOGPROBS.value)
-    engine = Engine(*core.load(_MODEL.value), slots=1)
+    loaded = core.load(_MODEL.value, mesh=_MESH.value)
+    tokenizer = loaded[2]
     jobs = [_Job(prompt) for prompt in prompts]
     if _CHAT.value:
-        jobs = _conversations(engine.tokenizer, map(str, prompts))
-    for job in jobs:
-        engine.check(Request(job.prompt, sampling))  # before anything is printed
-    if engine.tokenizer is None and not _JSON.value:
+        jobs = _conversations(tokenizer, map(str, prompts))
+    jobs = [
+        dataclasses.replace(job, id=f"{number}.{sample}")
+        for number, job in enumerate(jobs)
+        for sample in range(_NUM_SAMPLES.value)
+    ]
+    engine, requests = _engine(loaded, jobs, sampling)
+    if tokenizer is None and not _JSON.value:
         raise door.Usage(f"{_MODEL.value} has no tokenizer to print text with; pass --json")
     write = _write_json if _JSON.value else _write_answer if _CHAT.value else _write_text
-    for number, job in enumerate(jobs):
-        for sample in range(_NUM_SAMPLES.value):
-            write(engine, job, sampling, f"{number}.{sample}")
+    for job, events in zip(jobs, _each(engine.stream(requests), len(jobs)), strict=True):
+        write(engine, job, sampling, events)
+
+
+def _engine(
+    loaded: "tuple[Model, Params, Tokenizer | None]", jobs: "Sequence[_Job]", sampling: "Sampling"
+) -> "tuple[Engine, list[Request]]":
+    """Returns an engine with as many and as long slots as the jobs need, and what to ask of it.
+
+    Raises:
+      RequestError: a job cannot be served.
+    """
+    from core.engine import Engine
+    from core.requests import Request
+
+    model, _, tokenizer = loaded
+    # In powers of two, because another length is another program to compile.
+    longest = max(_length(tokenizer, job.prompt) for job in jobs)
+    needed = 1 << (longest + sampling.max_new_tokens - 1).bit_length()
+    engine = Engine(
+        *loaded,
+        slots=min(_SLOTS.value, len(jobs)),
+        length=min(needed, model.config.context_length),
+        speculation=_SPECULATION.value,
+        top_logprobs=sampling.logprobs or 0,
+    )
+    requests = [Request(job.prompt, sampling, job.id) for job in jobs]
+    for request in requests:
+        engine.check(request)  # before anything is printed
+    return engine, requests
+
+
+def _length(tokenizer: "Tokenizer | None", prompt: Any) -> int:
+    """Returns a prompt's tokens; 1 for one that cannot be encoded, which the engine says better."""
+    if not isinstance(prompt, str):
+        return len(prompt)
+    with contextlib.suppress(TokenizerError):
+        return len(tokenizer.encode(prompt)) if tokenizer is not None else 1
+    return 1
+
+
+def _each(events: "Iterator[Event]", count: int) -> "Iterator[Iterator[Event]]":
+    """Yields, for each of `count` requests in order, its events as they come; those of later ones wait."""
+    waiting: dict[int, list[Event]] = {number: [] for number in range(count)}
+
+    def of(number: int) -> "Iterator[Event]":
+        while True:
+            for event in waiting[number]:
+                yield event
+                if event.result is not None:
+                    del waiting[number]
+                    return
+            waiting[number] = []
+            event = next(events)
+            waiting[event.request].append(event)
+
+    for number in range(count):
+        yield of(number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +175,7 @@ class _Job:
 
     prompt: Any
     messages: list[dict[str, str]] | None = None
+    id: str = "0"
 
 
 def _conversations(tokenizer: "Tokenizer | None", texts: Iterable[str]) -> list[_Job]:
@@ -114,45 +192,48 @@ def _conversations(tokenizer: "Tokenizer | None", texts: Iterable[str]) -> list[
     return [_Job(chat.encode(talk, now=now, variables=variables), talk) for talk in talks]
 
 
-def _write_text(engine: "Engine", job: _Job, sampling: "Sampling", id_: str) -> None:
+def _write_text(
+    engine: "Engine", job: _Job, sampling: "Sampling", events: "Iterator[Event]"
+) -> None:
     """Prints prompt and continuation, each piece of text as soon as it is certain."""
     assert engine.tokenizer is not None
     prompt = job.prompt
     sys.stdout.write(prompt if isinstance(prompt, str) else engine.tokenizer.decode(prompt))
     sys.stdout.flush()
-    for event in _events(engine, job, sampling, id_):
+    for event in events:
         sys.stdout.write(event.text)
         sys.stdout.flush()
     sys.stdout.write("\n")
 
 
-def _write_answer(engine: "Engine", job: _Job, sampling: "Sampling", id_: str) -> None:
+def _write_answer(
+    engine: "Engine", job: _Job, sampling: "Sampling", events: "Iterator[Event]"
+) -> None:
     """Prints the answer alone, as it is produced; what is not for the reader goes to stderr."""
     from core import harmony
 
     assert engine.tokenizer is not None
     if not harmony.is_spoken_by(engine.tokenizer):
-        for event in _events(engine, job, sampling, id_):
+        for event in events:
             sys.stdout.write(event.text)
             sys.stdout.flush()
     elif sampling.stop:  # a stop string is known only when all of it is there
-        for message in harmony.parse(
-            engine.tokenizer, _complete(engine, job, sampling, id_).tokens, sampling.stop
-        ):
+        tokens = _result(events).tokens
+        for message in harmony.parse(engine.tokenizer, tokens, sampling.stop):
             _write_piece(message, message.content, is_first=True)
     else:
-        _stream_harmony(engine, job, sampling, id_)
+        _stream_harmony(engine, events)
     sys.stdout.write("\n")
     sys.stdout.flush()
 
 
-def _stream_harmony(engine: "Engine", job: _Job, sampling: "Sampling", id_: str) -> None:
+def _stream_harmony(engine: "Engine", events: "Iterator[Event]") -> None:
     from core import harmony
 
     assert engine.tokenizer is not None
     parser = harmony.Parser(engine.tokenizer)
     written = 0
-    for event in _events(engine, job, sampling, id_):
+    for event in events:
         last = event.finish_reason is not None
         pieces = [] if event.token is None else [parser.push(event.token)]
         for piece in [*pieces, *([parser.finish()] if last else [])]:
@@ -172,8 +253,10 @@ def _write_piece(message: "harmony.Message", text: str, *, is_first: bool) -> No
     stream.flush()
 
 
-def _write_json(engine: "Engine", job: _Job, sampling: "Sampling", id_: str) -> None:
-    completion = _complete(engine, job, sampling, id_)
+def _write_json(
+    engine: "Engine", job: _Job, sampling: "Sampling", events: "Iterator[Event]"
+) -> None:
+    completion = _result(events)
     record = _record(engine, completion)
     if job.messages is not None:
         record = {"messages": job.messages} | record | _channels(engine, completion, sampling)
@@ -181,19 +264,11 @@ def _write_json(engine: "Engine", job: _Job, sampling: "Sampling", id_: str) -> 
     sys.stdout.flush()
 
 
-def _events(engine: "Engine", job: _Job, sampling: "Sampling", id_: str) -> "Iterator[Event]":
-    from core.requests import Request
-
-    return engine.stream([Request(job.prompt, sampling, id_)])
-
-
-def _complete(engine: "Engine", job: _Job, sampling: "Sampling", id_: str) -> "Completion":
-    from core.requests import Request
-
-    (completion,) = engine.complete([Request(job.prompt, sampling, id_)])
-    if isinstance(completion, RequestError):
-        raise completion
-    return completion
+def _result(events: "Iterator[Event]") -> "Completion":
+    *_, last = events
+    if not isinstance(last.result, FlaxmillError) and last.result is not None:
+        return last.result
+    raise last.result or AssertionError("a request's last event has its result")
 
 
 def _channels(engine: "Engine", completion: "Completion", sampling: "Sampling") -> dict[str, Any]:
