@@ -26,6 +26,11 @@ def test_every_parameter_of_sampling_has_its_flag():
         "top_p": "0.75",
         "min_p": "0.25",
         "repetition_penalty": "1.5",
+        "presence_penalty": "-0.5",
+        "frequency_penalty": "0.25",
+        "bad_ids": "5,4",
+        "allowed_ids": "1, 2,5",
+        "min_new_tokens": "2",
         "max_new_tokens": "9",
         "stop": "END",
         "seed": "3",
@@ -34,11 +39,40 @@ def test_every_parameter_of_sampling_has_its_flag():
     done = python(
         f"from core import sampling_flags; {SETTLE}print(sampling_flags.sampling(logprobs=2))",
         *(f"--{name}={value}" for name, value in given.items()),
+        "--logit_bias=7:-100",
+        "--logit_bias=3:0.5",
     )
     assert done.stdout == (
         "Sampling(temperature=0.5, top_k=7, top_p=0.75, min_p=0.25, repetition_penalty=1.5, "
+        "presence_penalty=-0.5, frequency_penalty=0.25, logit_bias=((3, 0.5), (7, -100.0)), "
+        "bad_ids=(4, 5), allowed_ids=(1, 2, 5), min_new_tokens=2, "
         "max_new_tokens=9, stop=('END',), seed=3, ignore_eos=True, logprobs=2)\n"
     ), done.stderr
+
+
+def test_ids_and_biases_that_cannot_be_are_wrong_usage():
+    told = {
+        "--logit_bias=7": "--logit_bias=7 is no token id and bias; expected such as --logit_bias=",
+        "--logit_bias=a:1": "--logit_bias=a:1 is no token id and bias; expected such as --logit",
+        "--logit_bias=7:nan": "--logit_bias of 7 is nan; expected a float, from -100 to 100",
+        "--bad_ids=1,x": "--bad_ids=1,x is no list of token ids: invalid literal for int()",
+        "--allowed_ids=-1": "--allowed_ids holds -1; expected token ids, 0 or more",
+        "--min_new_tokens=51": "--min_new_tokens is 51; expected int, 0 or more, at most max_new",
+    }
+    code = """import sys; from absl import flags; from core import door, sampling_flags
+for argument in sys.argv[1:]:
+    flags.FLAGS(["", argument])
+    try:
+        sampling_flags.sampling()
+    except door.Usage as error:
+        print(error)
+    flags.FLAGS[argument.split("=")[0].lstrip("-")].unparse()
+"""
+    done = python(code, *told)
+    found = done.stdout.splitlines()
+    assert len(found) == len(told), done.stderr
+    for line, start in zip(found, told.values(), strict=True):
+        assert line.startswith(start)
 
 
 @pytest.mark.parametrize(

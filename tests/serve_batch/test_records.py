@@ -62,6 +62,22 @@ def parse(line: bytes | dict, format: records.Format = "jsonl") -> Prompt | RowE
         ({"prompt": "a", "stop": ""}, "bad_parameter"),
         ({"prompt": "a", "stop": ["a", 3]}, "bad_parameter"),
         ({"prompt": "a", "ignore_eos": 1}, "bad_parameter"),
+        ({"prompt": "a", "presence_penalty": 2.5}, "bad_parameter"),
+        ({"prompt": "a", "frequency_penalty": "much"}, "bad_parameter"),
+        ({"prompt": "a", "logit_bias": [[1, 2.0]]}, "bad_parameter"),
+        ({"prompt": "a", "logit_bias": {"a": 1}}, "bad_parameter"),
+        ({"prompt": "a", "logit_bias": {"-1": 1}}, "bad_parameter"),
+        ({"prompt": "a", "logit_bias": {"7": 1, "07": 2}}, "bad_parameter"),
+        ({"prompt": "a", "logit_bias": {"9" * 5000: 1}}, "bad_parameter"),
+        ({"prompt": "a", "logit_bias": {"9999999999": 1}}, "bad_parameter"),
+        ({"prompt": "a", "logit_bias": {"1": 101}}, "bad_parameter"),
+        ({"prompt": "a", "logit_bias": {"1": None}}, "bad_parameter"),
+        ({"prompt": "a", "bad_ids": 3}, "bad_parameter"),
+        ({"prompt": "a", "bad_ids": [1, True]}, "bad_parameter"),
+        ({"prompt": "a", "allowed_ids": [1.5]}, "bad_parameter"),
+        ({"prompt": "a", "allowed_ids": [-1]}, "bad_parameter"),
+        ({"prompt": "a", "min_new_tokens": 8}, "bad_parameter"),  # of at most 7
+        ({"prompt": "a", "min_new_tokens": "2"}, "bad_parameter"),
         ({"prompt": "a", "n": 4}, "unsupported_field"),
         ({"prompt": "a", "logprobs": 2}, "unsupported_field"),
         ({"messages": "hi"}, "bad_messages"),
@@ -88,14 +104,20 @@ def test_a_prompt_carries_its_id_its_parameters_and_the_fields_that_nobody_knows
         "top_p": 0.5,
         "min_p": 0.1,
         "repetition_penalty": 1.5,
+        "presence_penalty": -2,
+        "frequency_penalty": 0.5,
+        "bad_ids": [4, 9],
+        "allowed_ids": [9, 4, 2],
+        "min_new_tokens": 2,
         "stop": ["\n", "END"],
         "seed": 11,
         "ignore_eos": True,
     }
-    row = parse({"id": 7, "prompt": "a", **own, "label": {"gold": [1, None]}})
+    bias = {"logit_bias": {"50256": -100, "0": 0.5}}
+    row = parse({"id": 7, "prompt": "a", **own, **bias, "label": {"gold": [1, None]}})
     assert row == Prompt(
         prompt="a",
-        sampling=Sampling(**own),
+        sampling=Sampling(**own, logit_bias={50256: -100, 0: 0.5}),
         id=7,
         input={"label": {"gold": [1, None]}},
     )

@@ -129,17 +129,24 @@ def check_ids(
             raise SamplingError(
                 f"{name} holds {wrong}; expected ids below the vocabulary's {vocab_size}"
             )
-    left = set(range(vocab_size) if allowed is None else allowed)
-    left -= {*sampling.bad_ids, *missing_ids}
-    if not left:
+    banned = {*sampling.bad_ids, *missing_ids}
+    if _leaves_nothing(allowed, banned, vocab_size):
         raise SamplingError(
             "allowed_ids and bad_ids leave nothing to draw; expected at least one token"
         )
-    if sampling.min_new_tokens and not left.difference(stop_ids):
+    if sampling.min_new_tokens and _leaves_nothing(allowed, banned.union(stop_ids), vocab_size):
         raise SamplingError(
             f"allowed_ids and bad_ids leave end-of-text tokens only, and min_new_tokens is "
             f"{sampling.min_new_tokens}; expected another token, or 0"
         )
+
+
+def _leaves_nothing(
+    allowed: tuple[int, ...] | None, banned: Collection[int], vocab_size: int
+) -> bool:
+    if allowed is not None:
+        return set(allowed) <= set(banned)
+    return sum(id_ < vocab_size for id_ in banned) == vocab_size
 
 
 def bias_row(sampling: Sampling, vocab_size: int) -> np.ndarray | None:

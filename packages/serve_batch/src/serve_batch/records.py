@@ -210,6 +210,8 @@ def _take_sampling(fields: dict[str, Any], defaults: "Sampling") -> "Sampling":
     if "stop" in changes:
         stop = changes["stop"]
         changes["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "logit_bias" in changes:
+        changes["logit_bias"] = {int(id_): bias for id_, bias in changes["logit_bias"].items()}
     try:
         return dataclasses.replace(defaults, **changes) if changes else defaults
     except (ValueError, OverflowError) as error:  # core.SamplingError; an integer beyond a float
@@ -229,6 +231,16 @@ def _is_stop(value: Any) -> bool:
     return all(isinstance(s, str) and _is_unicode(s) for s in strings)
 
 
+def _is_bias(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        re.fullmatch("0|[1-9][0-9]{0,9}", id_) and _is_number(bias) for id_, bias in value.items()
+    )
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_integer, value))
+
+
 _PARAMETERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "max_new_tokens": ("an integer", _is_integer),
     "temperature": ("a number that a float holds", _is_number),
@@ -236,6 +248,12 @@ _PARAMETERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "top_p": ("a number that a float holds", _is_number),
     "min_p": ("a number that a float holds", _is_number),
     "repetition_penalty": ("a number that a float holds", _is_number),
+    "presence_penalty": ("a number that a float holds", _is_number),
+    "frequency_penalty": ("a number that a float holds", _is_number),
+    "logit_bias": ("an object of token ids and numbers", _is_bias),
+    "bad_ids": ("a list of integers", _are_ids),
+    "allowed_ids": ("a list of integers", _are_ids),
+    "min_new_tokens": ("an integer", _is_integer),
     "stop": ("a string or a list of strings", _is_stop),
     "seed": ("an integer", _is_integer),
     "ignore_eos": ("true or false", lambda value: isinstance(value, bool)),
