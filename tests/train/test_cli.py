@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
+import hf_checkpoints
 import train
+from core.tokenizer import Tokenizer
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
+from train.metrics import read_rows
 from training_runs import different_arrays, timeless_rows
 
 ENVIRONMENT = os.environ | {
@@ -133,16 +137,22 @@ def test_help_does_not_wait_for_jax(module: str):
 
 def test_every_key_can_be_set_from_the_command_line():
     """The values survive to the point where the data is missing: parsing and checking took them."""
-    config = TrainConfig(
-        **{
-            field.name: changed(getattr(TrainConfig(), field.name))
-            for field in dataclasses.fields(TrainConfig)
-            if field.name not in ("wandb_log", "device", "dtype", "backend")
-        },
-        device="cpu",
-        dtype="bfloat16",
-        backend="gloo",
-    )
+    named = {
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "backend": "gloo",
+        "family": "gpt_oss",
+        "eval_mode": "full",
+        "data_order": "epoch",
+        "lr_schedule": "linear",
+        "attention": "xla",
+        "remat": "full",
+    }
+    # What needs an extra, or another process.
+    apart = {"wandb_log", "tensorboard", "mesh", "coordinator", "processes", "process"}
+    fields = {field.name for field in dataclasses.fields(TrainConfig)} - named.keys() - apart
+    values = {name: changed(getattr(TrainConfig(), name)) for name in fields}
+    config = TrainConfig(**named, **values)
     done = call(GPT2, *overrides(config))
     assert done.returncode == 1
     assert_one_line(done.stderr, "datax/openwebtextx: no such folder")
@@ -277,3 +287,93 @@ def wait_for(condition, process: subprocess.Popen[str], every_s: float = 0.01) -
 def lines(config: TrainConfig) -> int:
     path = Path(config.out_dir) / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.slow
+def test_a_converted_checkpoint_is_fine_tuned_from_the_command_line(tmp_path: Path):
+    """Hugging Face's files, nanoGPT's recipe, a block size cropped from 32 to 16."""
+    tokenizer = Tokenizer.utf8()
+    shape = hf_checkpoints.CONFIG | {"vocab_size": 257, "n_positions": 32, "eos_token_id": 256}
+    small = {
+        name: 0.1 * x for name, x in hf_checkpoints.tensors(config=shape).items()
+    }  # of unit variance, a random model's loss is 50 nats
+    source = hf_checkpoints.write(
+        tmp_path / "source",
+        hf_checkpoints.prefixed(small),
+        config=shape | {"bos_token_id": 256},
+        files=tokenizer.files(),
+    )
+    (tmp_path / "input.txt").write_text("Once more unto the breach, dear friends. " * 200)
+    made = [
+        call(f"--source={source}", "--out=models/gpt2-xl", module="convert", cwd=tmp_path),
+        call(
+            "--dataset=shakespeare",
+            "--text=input.txt",
+            "--tokenizer=models/gpt2-xl",
+            module="train.prepare",
+            cwd=tmp_path,
+        ),
+        call(
+            f"--config={ROOT / 'configs' / 'finetune_shakespeare.py'}",
+            "--config.block_size=16",
+            "--config.learning_rate=0.01",
+            "--config.gradient_accumulation_steps=4",
+            cwd=tmp_path,
+        ),
+        call(
+            "--model=out-shakespeare/model",
+            "--prompt=Once",
+            "--max_new_tokens=4",
+            module="core.generate",
+            cwd=tmp_path,
+        ),
+    ]
+    assert [done.returncode for done in made] == [0] * 4, [done.stderr for done in made]
+    rows = read_rows(tmp_path / "out-shakespeare" / "metrics.jsonl")
+    losses = {row["iter"]: row["val_loss"] for row in rows if "val_loss" in row}
+    assert list(losses) == [0, 5, 10, 15, 20]
+    assert losses[20] < losses[0] - 0.5
+    config = json.loads((tmp_path / "out-shakespeare" / "model" / "config.json").read_text())
+    assert (config["n_positions"], config["activation_function"]) == (16, "gelu_new")
+
+
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        (lambda folder: (folder / "val.bin").write_bytes(b"\1\0\2"), "3 bytes are not a whole"),
+        (lambda folder: (folder / "val.bin").write_bytes(b""), "val.bin: empty; write it again"),
+        (
+            lambda folder: (folder / "val.bin").write_bytes(b"\xff" * 9000),
+            "token id 65535 is outside",
+        ),
+        (
+            lambda folder: (folder / "meta.pkl").write_bytes(b"cos\nsystem\n"),
+            "opcode GLOBAL at byte 0",
+        ),
+        (
+            lambda folder: (folder / "val.bin").write_bytes(bytes(64)),
+            "block_size=1024 needs at least",
+        ),
+    ],
+)
+def test_bad_data_is_refused_before_jax_starts(tmp_path: Path, damage, part: str):
+    folder = tmp_path / "data" / "openwebtext"
+    folder.mkdir(parents=True)
+    for name in ("train.bin", "val.bin"):
+        np.zeros(2000, np.uint16).tofile(folder / name)
+    damage(folder)
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['train', {GPT2!r}]\n"
+        "try: runpy.run_module('train', run_name='__main__')\n"
+        "finally: assert 'jax' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert_one_line(done.stderr, part)

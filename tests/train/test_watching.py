@@ -1,9 +1,7 @@
 """What a run shows of itself: trackers, samples, traces, the dry run, the line on a terminal."""
 
 import dataclasses
-import importlib.machinery
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +9,9 @@ import pytest
 
 import train
 from core.errors import ConfigError
+from recorder import Recorder
 from train import metrics, progress
 from train.config import TrainConfig
-
-
-class Recorder(types.ModuleType):
-    """Stands in for wandb or tensorboardX, which are extras: remembers what it was told."""
-
-    def __init__(self, name: str):
-        super().__init__(name)
-        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        self.told: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "errors":
-            return types.SimpleNamespace(CommError=ConnectionError)
-
-        def tell(*arguments: Any, **options: Any) -> Any:
-            self.told.append((name, arguments, options))
-            return self
-
-        return tell
-
-    def calls(self, name: str) -> list[Any]:
-        return [options or arguments for what, arguments, options in self.told if what == name]
 
 
 @pytest.fixture
