@@ -31,6 +31,8 @@ class Statics:
     model: Model
     sampler: Sampler
     dtype: jnp.dtype
+    """Of the activations."""
+    cache_dtype: jnp.dtype
     stop_ids: tuple[int, ...]
     vocab_size: int
     missing_ids: tuple[int, ...]
@@ -57,7 +59,7 @@ class State(NamedTuple):
         """Returns the state of empty slots, for positions below `length`."""
         config, V, J = statics.model.config, statics.model.config.vocab_size, statics.speculation
         return cls(
-            cache=KVCache.zeros(config, slots, length, statics.dtype, ahead=J),
+            cache=KVCache.zeros(config, slots, length, statics.cache_dtype, ahead=J),
             logits_BV=jnp.zeros((slots, V)),
             counts_BV=jnp.zeros((slots, V), jnp.int32),
             bias_BV=jnp.zeros((slots, V)),

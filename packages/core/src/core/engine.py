@@ -28,6 +28,7 @@ from core.errors import EngineError, SamplingError, TokenizerError
 from core.errors import RequestError as RequestError
 from core.kv_cache import FEW, KVCache
 from core.models import Model, Params
+from core.precision import prepare
 from core.prefixes import Prefixes
 from core.requests import DEFAULT_SAMPLING as DEFAULT_SAMPLING
 from core.requests import Completion as Completion
@@ -60,10 +61,11 @@ class Engine:
       prefix_cache: bytes to keep of what prompts have in common, so that it is fed once (`core.prefixes`).
       top_logprobs: the most alternatives that a request may ask log-probabilities of.
       sampler: draws the tokens; see `core.sampling.Sampler`.
-      dtype: of activations and cache; by default that of the embeddings.
+      precision: one of `core.config.PRECISIONS`; by default what the parameters are in. See `core.precision`.
 
     Raises:
       EngineError: the slots take more memory than there is.
+      ConfigError, CheckpointError: the model cannot be in that precision.
     """
 
     def __init__(
@@ -79,13 +81,14 @@ class Engine:
         prefix_cache: int = 0,
         top_logprobs: int = 20,
         sampler: Sampler = sampling_lib.sample,
-        dtype: Any = None,
+        precision: str | None = None,
     ):
         if slots < 1:
             raise ValueError(f"slots is {slots}; expected 1 or more")
         if not 0 <= speculation < FEW:
             raise ValueError(f"speculation is {speculation}; expected 0 (off) to {FEW - 1}")
-        self.model, self.params, self.tokenizer, self.slots = model, params, tokenizer, slots
+        self.tokenizer, self.slots = tokenizer, slots
+        self.model, self.params, dtype, cache_dtype = prepare(model, params, precision)
         config = model.config
         self.length = min(length or config.context_length, config.context_length)
         chunk = chunk or (128 if jax.default_backend() == "cpu" else 512)
@@ -94,9 +97,10 @@ class Engine:
         if tokenizer is not None and tokenizer.eos_id is not None:
             stops.add(tokenizer.eos_id)
         self._statics = Statics(
-            model=model,
+            model=self.model,
             sampler=sampler,
-            dtype=jnp.dtype(dtype or params["wte"]["embedding"].dtype),
+            dtype=jnp.dtype(dtype),
+            cache_dtype=jnp.dtype(cache_dtype),
             stop_ids=tuple(sorted(stops)),
             # A padded vocabulary has rows that no tokenizer can read; they are never sampled.
             vocab_size=min(
@@ -111,7 +115,7 @@ class Engine:
         self._no_bias_V = np.zeros(config.vocab_size, np.float32)
         self._tickets = 0
         self._inbox: _Inbox = collections.deque()
-        self._mesh = sharding.mesh_of(params)
+        self._mesh = sharding.mesh_of(self.params)
         self._check_memory()
         self._reset()
 
