@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from core import sharding
+from core import native, sharding
 from core.quant import MXFP4
 
 _LARGEST_TILE = 64  # rows that meet one expert at a time
@@ -56,9 +56,13 @@ def mix(
 
     Here the form of the computation is chosen: `jax.lax.ragged_dot` for dense kernels on an accelerator; a loop over
     tiles of rows on a CPU, where the former costs up to 20 times as much (docs/log.md), and for packed kernels, of
-    which one expert at a time is unpacked. `ragged` chooses for dense kernels. Where a mesh is set that cuts the
-    experts (`jax.set_mesh`), each device works for its own, and their sums are added.
+    which one expert at a time is unpacked; while serving on a CPU, the native kernel, which unpacks none. `ragged`
+    chooses for dense kernels. Where a mesh is set that cuts the experts (`jax.set_mesh`), each device works for its
+    own, and their sums are added.
     """
+    kernels = experts.gate_up_EDF2, experts.down_EFD
+    if ragged is None and native.is_serving() and native.takes(x_RD.dtype, *kernels):
+        return native.mix_experts(x_RD, weights_RC, chosen_RC, *experts, alpha=alpha, limit=limit)
     E = experts.down_bias_ED.shape[0]
     ragged = jax.default_backend() != "cpu" if ragged is None else ragged
     settings = {"tile": _tile(chosen_RC.size, E), "alpha": alpha, "limit": limit, "ragged": ragged}

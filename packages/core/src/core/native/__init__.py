@@ -3,11 +3,24 @@
     build      the host's compiler makes a library of the .cc files, once, for the processor at hand
     library    loads it into JAX, and says whether there is one; `serving` switches the kernels on while tracing
     products   a few rows times a weight matrix
+    experts    the experts that rows have chosen, packed as they are stored
+    attention  a few queries a row over a cache, of which only what they see is read
 
 All of it lies behind `core.layers`, `core.moe` and `core.attention`, which have XLA's forms as well.
 """
 
+from core.native.attention import attend_cache
+from core.native.experts import mix_experts, takes
 from core.native.library import available, is_serving, serving
-from core.native.products import product
+from core.native.products import product, rounded_product
 
-__all__ = ["available", "is_serving", "product", "serving"]
+__all__ = [
+    "attend_cache",
+    "available",
+    "is_serving",
+    "mix_experts",
+    "product",
+    "rounded_product",
+    "serving",
+    "takes",
+]

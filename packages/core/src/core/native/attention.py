@@ -1,0 +1,52 @@
+"""Attention of a few queries a row over a cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from core.native.library import call
+
+
+def attend_cache(
+    q_BTNH: jax.Array,
+    k_RKSH: jax.Array,
+    v_RKSH: jax.Array,
+    *,
+    starts_B: jax.Array,
+    lengths_B: jax.Array,
+    scale: float,
+    first_row: jax.Array | None = None,
+    window: int | None = None,
+    sinks_N: jax.Array | None = None,
+) -> jax.Array:
+    """Returns out_BTNH: what each query makes of the values at positions up to its own, which must be in the cache.
+
+    Only what is seen is read. A query's bits depend on that query, its position and what it sees alone, whatever T, the
+    other rows and the threads are.
+
+    Args:
+      q_BTNH: queries, float32 or bfloat16.
+      k_RKSH: keys, float32 or bfloat16; the key of position p lies in slot p % S.
+      v_RKSH: values, of the same type.
+      starts_B: the position of each row's first query; they run on by one along T.
+      lengths_B: how many of a row's queries are computed; the others cost nothing and are zero.
+      scale: what the scores are multiplied by.
+      first_row: the cache's row that the first row of queries belongs to; None is 0.
+      window: how many keys a query sees, its own included, at most S less T - 1, or any number if S slots have every
+        position so far; None is all.
+      sinks_N: a score a head that takes its share of the softmax and gives nothing.
+    """
+    first_row = jnp.zeros((), jnp.int32) if first_row is None else first_row
+    return call(
+        "attend_cache",
+        jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype),
+        q_BTNH,
+        k_RKSH,
+        v_RKSH,
+        starts_B.astype(jnp.int32),
+        lengths_B.astype(jnp.int32),
+        first_row.astype(jnp.int32).reshape(1),
+        jnp.zeros(0, jnp.float32) if sinks_N is None else sinks_N.astype(jnp.float32),
+        scale=np.float32(scale),
+        window=np.int64(window or 0),
+    )
