@@ -11,6 +11,7 @@ import numpy as np
 from train import origin, preflight
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
+from train.devices import open_devices
 from train.metrics import read_rows
 from train.step import State
 
@@ -21,7 +22,7 @@ def last_state(out_dir: Path) -> State:
     plan = preflight.check(dataclasses.replace(config, init_from="resume"))
     with Checkpoints(out_dir / "checkpoints") as checkpoints:
         return origin.begin(
-            config, plan, checkpoints, key=jax.random.key(0), device=jax.devices("cpu")[0]
+            config, plan, checkpoints, key=jax.random.key(0), devices=open_devices(config)
         ).state
 
 

@@ -9,6 +9,7 @@ import pytest
 import train
 from train import guards
 from train.config import TrainConfig
+from train.devices import open_devices
 
 
 def history(*norms: float) -> guards.Norms:
@@ -71,7 +72,7 @@ def test_a_spiking_update_is_left_out_and_the_run_goes_on(guarded):
     _, config, state = guarded
     calm = guards.Norms(jnp.full(guards.WINDOW, 1e-3), jnp.int32(guards.WINDOW))
     plan = check(dataclasses.replace(config, init_from="scratch", overwrite=True))
-    model = begin(config, plan, None, key=jax.random.key(0), device=jax.devices("cpu")[0]).model
+    model = begin(config, plan, None, key=jax.random.key(0), devices=open_devices(config)).model
     tokens = plan.dataset.batch("train", seed=1, step=0, rows=3, length=13)[None]
     update = jax.jit(step.update, static_argnames=("model", "config", "dtype"))
     after, numbers = update(

@@ -22,6 +22,7 @@ from train import origin as origin_lib
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.data import DataError, open_dataset
+from train.devices import open_devices
 from train.metrics import read_rows
 from train.prepare import prepare
 from train.step import next_tokens
@@ -154,9 +155,12 @@ def test_a_finished_run_resumed_does_nothing(finished: train.Result, config: Tra
 def test_the_state_to_begin_with_can_be_donated(finished: train.Result, config: TrainConfig):
     """jax#18617: otherwise the first update needs the state twice, and does not fit."""
     tuning = dataclasses.replace(config, init_from=str(finished.model_dir))
-    device = jax.devices("cpu")[0]
     origin = origin_lib.begin(
-        tuning, preflight.check(tuning), None, key=jax.random.key(0), device=device
+        tuning,
+        preflight.check(tuning),
+        None,
+        key=jax.random.key(0),
+        devices=open_devices(tuning),
     )
     for state in (last_state(finished.out_dir), origin.state):
         before = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)}

@@ -14,9 +14,6 @@ from orbax.checkpoint import v1 as ocp
 from train.preflight import NONE_YET, TrainError, iterations
 from train.step import State
 
-Device = Any
-"""A jax.Device, which jax declares as a variable and type checkers therefore refuse."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
@@ -90,18 +87,14 @@ class Checkpoints:
         except Exception as error:  # whatever a damaged folder makes Orbax stumble over
             raise self._unreadable(iteration, error) from error
 
-    def restore(self, iteration: int, like: State, device: Device) -> State:
-        """Returns the state of `iteration` on `device`, in the shapes of `like`; it may be donated.
+    def restore(self, iteration: int, like: State) -> State:
+        """Returns the state of `iteration` in the shapes and the places of `like`; it may be donated.
 
         Raises:
           TrainError: the checkpoint is damaged, or holds another state than `like`.
         """
-        place = jax.sharding.SingleDeviceSharding(device)
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like
-        )
         try:
-            return owned(State(**self._orbax.load(iteration, _present(abstract))))
+            return owned(State(**self._orbax.load(iteration, _present(like))))
         except Exception as error:
             raise self._unreadable(iteration, error) from error
 

@@ -102,6 +102,12 @@ class TrainConfig:
     loss_scale_interval: int = 2000  # and after how many good updates it doubles
     attention: str = "auto"  # auto | xla | cudnn | splash
     remat: str = "none"  # none | dots | residual | full: what a block keeps for its backward pass
+    mesh: str = "data=-1"  # devices along data, fsdp, expert and tensor; -1 is what is left
+    coordinator: str = ""  # HOST:PORT of process 0, if there are several
+    processes: int = 1
+    process: int = 0  # this one's number
+    dist_timeout_s: int = 300  # how long to wait for the others
+    compile_cache: str = "auto"  # auto | off | a folder: where compiled programs are kept
     loss_chunk: int = 0  # positions whose logits are formed at a time; 0 = as many as fit in 268 MB
     compile: bool = True  # False runs op by op, for debugging
     deterministic: bool = False  # GPUs: the same bits in every run, more slowly
@@ -179,6 +185,9 @@ _AT_LEAST = {
     "skip_spikes": 0,
     "loss_scale_interval": 1,
     "loss_chunk": 0,
+    "processes": 1,
+    "process": 0,
+    "dist_timeout_s": 1,
     "gradient_accumulation_steps": 1,
     "batch_size": 1,
     "block_size": 1,
@@ -225,7 +234,13 @@ def _problems(c: TrainConfig) -> Iterator[str]:
     for name, values in _ONE_OF.items():
         if getattr(c, name) not in values:
             yield f"{name}={getattr(c, name)!r}: expected {' or '.join(values)}"
-    for name in ("out_dir", "dataset", "init_from"):
+    if c.process >= c.processes >= 1:
+        yield f"process={c.process} is none of processes={c.processes}, which count from 0"
+    if c.processes > 1 and not _is_address(c.coordinator):
+        yield f"processes={c.processes} meet at coordinator={c.coordinator!r}; expected HOST:PORT"
+    if c.processes > 1 and c.sample_tokens:
+        yield f"sample_tokens={c.sample_tokens} with processes={c.processes}: one process can sample"
+    for name in ("out_dir", "dataset", "init_from", "compile_cache"):
         if not getattr(c, name):
             yield f"{name} must not be empty"
     yield from _not_honoured(c)
@@ -255,6 +270,11 @@ def _not_honoured(c: TrainConfig) -> Iterator[str]:
         yield "device='mps': jax has no backend for it here; use device='cpu'"
     elif c.device not in ("auto", "cpu", "cuda", "tpu") and not _is_numbered_cuda(c.device):
         yield f"device={c.device!r}: expected auto, cpu, cuda, cuda:N or tpu"
+
+
+def _is_address(coordinator: str) -> bool:
+    host, _, port = coordinator.rpartition(":")
+    return bool(host) and port.isdecimal()
 
 
 def _is_numbered_cuda(device: str) -> bool:

@@ -38,13 +38,23 @@ class Dataset:
     tokenizer: Tokenizer | None
 
     def batch(
-        self, stream: str, *, seed: int, step: int, rows: int, length: int, order: str = "random"
+        self,
+        stream: str,
+        *,
+        seed: int,
+        step: int,
+        rows: int,
+        length: int,
+        order: str = "random",
+        chosen: np.ndarray | None = None,
     ) -> np.ndarray:
         """Returns `rows` windows of `length` ids, int32: the batch number `step` of `stream`.
 
         In `order` "random", windows start anywhere, with replacement, as in nanoGPT, and row r depends on (seed,
         stream, step, r) alone, whatever `rows` is. In "epoch", the windows that tile the split come once in each
         epoch, in an order of that epoch; row r of the step is number step * rows + r.
+
+        `chosen` are the numbers of the rows to return; no others are read.
         """
         split, number = STREAMS[stream]
         tokens = self.tokens[split]
@@ -58,7 +68,7 @@ class Dataset:
             n = windows(len(tokens), length)
             epochs, places = np.divmod(np.int64(step) * rows + np.arange(rows), n)
             starts = shuffled(places, epochs, n, key=(seed, number)) * (length - 1)
-        return self.read(split, starts, length)
+        return self.read(split, starts if chosen is None else starts[chosen], length)
 
     def read(self, split: str, starts: np.ndarray, length: int) -> np.ndarray:
         """Returns the windows of `length` ids that begin at `starts`, int32, after checking the ids."""

@@ -5,36 +5,36 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from core.models import build
-from train import metrics, step
-from train.checkpoint import Device
+from train import compute, metrics, step
 from train.config import TrainConfig
+from train.devices import Devices
 from train.origin import model_config
 from train.preflight import Plan
 
 
-def report(config: TrainConfig, plan: Plan, device: Device, dtype: Any) -> str:
+def report(config: TrainConfig, plan: Plan, devices: Devices) -> str:
     """Returns the lines that `dry_run=True` prints; compiles one update, for the compiler knows what it takes."""
     shape = plan.folder.config if plan.folder else model_config(config, plan.dataset)
-    model = build(shape)
+    model = compute.fitted(build(shape), config, devices)
+    dtype = compute.product_dtype(config, devices.platform)
     key = jax.eval_shape(jax.random.key, 0)
-    state = jax.eval_shape(lambda k: step.initial_state(model.init(k), config), key)
+    state = devices.like(shape, lambda k: step.initial_state(model.init(k), config), key)
     windows = config.gradient_accumulation_steps, config.batch_size, config.block_size + 1
     update = jax.jit(
         functools.partial(step.update, model=model, config=config, dtype=dtype), donate_argnums=0
     ).lower(
         state,
-        jax.ShapeDtypeStruct(windows, np.int32),
+        jax.ShapeDtypeStruct(windows, np.int32, sharding=devices.batch),
         jax.ShapeDtypeStruct((), np.float32),
         key if config.dropout else None,
     )
     flops = metrics.flops_per_token(shape, config.block_size) * config.tokens_per_step
     lines = {
         "model": _model(config, plan, model),
-        "device": f"1 x {device.device_kind}, products in {jnp.dtype(dtype).name}",
+        "device": f"{devices}; {compute.described(model, dtype)}",
         "data": _data(config, plan),
         "update": (
             f"{config.gradient_accumulation_steps} x {config.batch_size} sequences of "
@@ -42,7 +42,7 @@ def report(config: TrainConfig, plan: Plan, device: Device, dtype: Any) -> str:
         ),
         "state": f"{_nbytes(state.params)} of parameters, {_nbytes(state)} with the optimizer's",
         "memory": _memory(update.compile()),
-        "time": _time(config, device, flops),
+        "time": _time(config, devices, flops),
     }
     return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
 
@@ -77,11 +77,11 @@ def _memory(compiled: Any) -> str:
     )
 
 
-def _time(config: TrainConfig, device: Device, flops: float) -> str:
-    peak = metrics.peak_flops(device.device_kind)
+def _time(config: TrainConfig, devices: Devices, flops: float) -> str:
+    peak = metrics.peak_flops(devices.first.device_kind)
     if peak is None:
         return "unknown: no peak is known for this device"
-    hours = flops / (0.4 * peak) * (config.max_iters + 1) / 3600
+    hours = flops / (0.4 * peak * devices.count) * (config.max_iters + 1) / 3600
     return f"{hours:,.1f} hours, if 40 % of the device's {peak:.3g} operations a second are reached"
 
 

@@ -14,7 +14,7 @@ from core.losses import loss
 from core.models import Model, Params
 from train.config import TrainConfig
 from train.data import Dataset, windows
-from train.step import next_tokens
+from train.step import loss_chunk, next_tokens
 
 Evaluate = Callable[[Params], dict[str, float]]
 
@@ -28,7 +28,8 @@ def evaluator(model: Model, config: TrainConfig, dataset: Dataset, dtype: Any) -
 
     @jax.jit
     def loss_of(params: Params, tokens_BS: jax.Array) -> jax.Array:
-        return loss(params, model, next_tokens(tokens_BS), dtype=dtype, auxiliary=False)
+        batch, chunk = next_tokens(tokens_BS), loss_chunk(config, model)
+        return loss(params, model, batch, dtype=dtype, auxiliary=False, chunk=chunk)
 
     def mean_loss(params: Params, batches: Iterator[np.ndarray]) -> float:
         losses = [loss_of(params, batch_BS) for batch_BS in batches]

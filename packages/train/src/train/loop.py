@@ -22,11 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from core import checkpoint as model_folder
+from core import compiled
 from core.models import Params
-from train import dry_run, guards, metrics, optimizer, preflight, samples, step
-from train.checkpoint import Checkpoints, Device
+from train import compute, dry_run, guards, metrics, optimizer, preflight, samples, step
+from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.data import Dataset
+from train.devices import Devices, join, open_devices
 from train.evaluate import Evaluate, evaluator
 from train.metrics import MetricsLog, Throughput
 from train.origin import Origin, TrainError, begin
@@ -71,14 +73,18 @@ def run(config: TrainConfig, *, progress: bool = True) -> Result:
     """
     plan = preflight.check(config)
     dataset, resumes, out_dir = plan.dataset, plan.resumes, Path(config.out_dir)
-    device = find_device(config.device)
-    dtype = _dtype(config.dtype, device)
+    join(config)
+    devices = open_devices(config)
+    dtype = compute.product_dtype(config, devices.platform)
+    compiled.keep(config.compile_cache)
     if config.dry_run:
-        report = dry_run.report(config, plan, device, dtype)
+        with jax.set_mesh(devices.mesh):
+            report = dry_run.report(config, plan, devices)
         return Result(out_dir, 0, {}, math.inf, report=report)
     init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.default_device(device))
+        stack.enter_context(jax.default_device(devices.first))
+        stack.enter_context(jax.set_mesh(devices.mesh))
         stack.enter_context(jax.disable_jit(not config.compile))
         open_checkpoints = functools.partial(
             Checkpoints,
@@ -87,8 +93,9 @@ def run(config: TrainConfig, *, progress: bool = True) -> Result:
             keep_every=config.keep_every,
         )
         checkpoints = stack.enter_context(open_checkpoints()) if resumes else None
-        origin = begin(config, plan, checkpoints, key=init_key, device=device)
-        evaluate = evaluator(origin.model, config, dataset, dtype)
+        origin = begin(config, plan, checkpoints, key=init_key, devices=devices)
+        model = compute.fitted(origin.model, config, devices)
+        evaluate = evaluator(model, config, dataset, dtype)
         if config.eval_only:
             losses = evaluate(weights(origin.state))
             best = min(losses["val_loss"], origin.best_val_loss)
@@ -102,12 +109,14 @@ def run(config: TrainConfig, *, progress: bool = True) -> Result:
         trainer = _Trainer(
             config=config,
             dataset=dataset,
+            devices=devices,
             origin=origin,
             dropout_key=dropout_key,
             evaluate=evaluate,
             update=jax.jit(
-                functools.partial(step.update, model=origin.model, config=config, dtype=dtype),
+                functools.partial(step.update, model=model, config=config, dtype=dtype),
                 donate_argnums=0,
+                out_shardings=(devices.shardings(model.config, origin.state), devices.whole),
             ),
             checkpoints=checkpoints or stack.enter_context(open_checkpoints()),
             log=log,
@@ -115,9 +124,9 @@ def run(config: TrainConfig, *, progress: bool = True) -> Result:
             terminal=stack.enter_context(
                 Terminal(first=origin.iteration, total=config.max_iters + 1, shown=progress)
             ),
-            throughput=_throughput(config, origin, device),
+            throughput=_throughput(config, origin, devices),
         )
-        trainer.say_facts(device, dtype)
+        trainer.say_facts(f"{devices}; {compute.described(model, dtype)}")
         return trainer.train()
 
 
@@ -127,6 +136,7 @@ class _Trainer:
 
     config: TrainConfig
     dataset: Dataset
+    devices: Devices
     origin: Origin
     dropout_key: jax.Array
     evaluate: Evaluate
@@ -157,20 +167,23 @@ class _Trainer:
     def weights(self) -> Params:
         return weights(self.state)
 
-    def say_facts(self, device: Device, dtype: Any) -> None:
+    def say_facts(self, computing: str) -> None:
         c, model = self.config, self.origin.model.config
         self.terminal.say(
             f"{self.dataset.path}: {len(self.dataset.tokens['train']):,} training and "
             f"{len(self.dataset.tokens['val']):,} validation tokens, vocabulary {model.vocab_size:,}"
         )
         self.terminal.say(
-            f"{model.parameter_count / 1e6:.2f}M parameters from {self.origin.description}; "
-            f"{jnp.dtype(dtype).name} on {device.device_kind}"
+            f"{model.parameter_count / 1e6:.2f}M parameters from {self.origin.description}; {computing}"
         )
+        for note in self.devices.notes(model):
+            self.terminal.say(note)
         self.terminal.say(
             f"an update is {c.gradient_accumulation_steps} x {c.batch_size} sequences of "
             f"{c.block_size} = {c.tokens_per_step:,} tokens; out_dir {c.out_dir}"
         )
+        if not c.compile:
+            self.terminal.say("operation by operation, without compiling: for debugging, and slow")
 
     def train(self) -> Result:
         first, last = self.origin.iteration, self.config.max_iters
@@ -190,7 +203,8 @@ class _Trainer:
     def advance(self, iteration: int) -> None:
         """Starts update number `iteration`, then reads the one before: the device never waits for the host."""
         c = self.config
-        tokens_RS = self.dataset.batch(
+        read = functools.partial(
+            self.dataset.batch,
             "train",
             seed=c.seed,
             step=0 if c.overfit_batch else iteration,
@@ -198,7 +212,10 @@ class _Trainer:
             length=c.block_size + 1,
             order=c.data_order,
         )
-        tokens_ABS = tokens_RS.reshape(c.gradient_accumulation_steps, c.batch_size, -1)
+        tokens_ABS = self.devices.tokens(
+            (c.gradient_accumulation_steps, c.batch_size, c.block_size + 1),
+            lambda rows: read(chosen=rows),
+        )
         rate = np.float32(optimizer.learning_rate(c, iteration))
         key = jax.random.fold_in(self.dropout_key, iteration) if c.dropout else None
         self.state, numbers = self.update(self.state, tokens_ABS, rate, key)
@@ -319,29 +336,10 @@ def weights(state: step.State) -> Params:
     return state.params if state.ema is None else state.ema
 
 
-def find_device(name: str) -> Device:
-    """The device that nanoGPT's `device` key names; auto is jax's own choice."""
-    platform, _, index = name.partition(":")
-    try:
-        devices = jax.devices(None if platform == "auto" else platform)
-    except RuntimeError:
-        devices = []
-    if int(index or 0) >= len(devices):
-        seen = ", ".join(map(str, jax.devices()))
-        raise TrainError(f"device={name}: not there; jax sees {seen}. Use device=auto")
-    return devices[int(index or 0)]
-
-
-def _dtype(name: str, device: Device) -> Any:
-    """The dtype of the products; auto as nanoGPT, which computes in float32 on a CPU."""
-    if name == "auto":
-        name = "float32" if device.platform == "cpu" else "bfloat16"
-    return jnp.dtype(name)
-
-
-def _throughput(config: TrainConfig, origin: Origin, device: Device) -> Throughput:
+def _throughput(config: TrainConfig, origin: Origin, devices: Devices) -> Throughput:
     flops = metrics.flops_per_token(origin.model.config, config.block_size)
-    return Throughput(config.tokens_per_step, flops, metrics.peak_flops(device.device_kind))
+    peak = metrics.peak_flops(devices.first.device_kind)
+    return Throughput(config.tokens_per_step, flops, None if peak is None else peak * devices.count)
 
 
 def _open_out_dir(config: TrainConfig, out_dir: Path, resume_at: int | None) -> MetricsLog:

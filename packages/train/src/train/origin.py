@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from core import config as config_lib
+from core import sharding
 from core.checkpoint import ModelFolder
 from core.config import Config, GPT2Config, GptOssConfig
 from core.models import Model, Params, build
-from train.checkpoint import Checkpoints, Device, Progress, owned
+from train.checkpoint import Checkpoints, Progress, owned
 from train.config import TrainConfig
 from train.data import GPT2_VOCAB_SIZE, Dataset
+from train.devices import Devices
 from train.preflight import PADDED_GPT2_VOCAB_SIZE, Plan, check_shape, check_vocabulary
 from train.preflight import TrainError as TrainError
 from train.step import State, initial_state
@@ -41,19 +43,21 @@ def begin(
     checkpoints: Checkpoints | None,
     *,
     key: jax.Array,
-    device: Device,
+    devices: Devices,
 ) -> Origin:
     """Returns the beginning that `init_from` asks for; `checkpoints`, if given, holds at least one."""
     if checkpoints is not None:
-        return _from_checkpoint(config, plan.dataset, checkpoints, device)
+        return _from_checkpoint(config, plan.dataset, checkpoints, devices)
     if plan.folder is None:
         model = build(model_config(config, plan.dataset))
-        params, description = model.init(key), "fresh weights"
+        state = devices.make(model.config, lambda: initial_state(model.init(key), config))
+        description = "fresh weights"
     else:
-        model, params = _from_folder(config, plan.folder)
+        model, params = _from_folder(config, plan.folder, devices)
+        state = devices.make(model.config, lambda p: initial_state(p, config), params)
         description = f"the weights of {plan.folder.path}"
     progress = Progress(model=model.config.to_dict(), best_val_loss=math.inf)
-    return Origin(model, initial_state(params, config), 0, progress, description)
+    return Origin(model, state, 0, progress, description)
 
 
 def model_config(config: TrainConfig, dataset: Dataset) -> Config:
@@ -106,7 +110,7 @@ def _eos_id(dataset: Dataset) -> int | None:
 
 
 def _from_checkpoint(
-    config: TrainConfig, dataset: Dataset, checkpoints: Checkpoints, device: Device
+    config: TrainConfig, dataset: Dataset, checkpoints: Checkpoints, devices: Devices
 ) -> Origin:
     iteration = checkpoints.latest()
     assert iteration is not None
@@ -121,13 +125,18 @@ def _from_checkpoint(
             f"{config.block_size}; to change it start from the model folder with init_from"
         )
     model = build(dataclasses.replace(saved, **_dropout(saved, config.dropout)))
-    like = jax.eval_shape(lambda k: initial_state(model.init(k), config), jax.random.key(0))
-    state = checkpoints.restore(iteration, like, device)
+    key = jax.random.key(0)
+    like = devices.like(saved, lambda: initial_state(model.init(key), config))
+    state = checkpoints.restore(iteration, like)
     return Origin(model, state, iteration, progress, f"checkpoint {path}")
 
 
-def _from_folder(config: TrainConfig, folder: ModelFolder) -> tuple[Model, Params]:
-    shape, params = folder.config, owned(folder.params(jnp.float32))
+def _from_folder(
+    config: TrainConfig, folder: ModelFolder, devices: Devices
+) -> tuple[Model, Params]:
+    shape = folder.config
+    places = sharding.place(shape, devices.mesh).shardings
+    params = owned(folder.params(jnp.float32, shardings=places))
     if isinstance(shape, GPT2Config):  # rotary positions need no cropping
         shape = dataclasses.replace(shape, n_positions=config.block_size)
         params["wpe"]["embedding"] = params["wpe"]["embedding"][: config.block_size]
