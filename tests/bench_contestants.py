@@ -7,7 +7,7 @@ from bench import shapes, workloads
 from bench.peers.contestants import Contestant
 
 KINDS: frozenset[workloads.Kind] = frozenset(
-    {"forward", "prefill", "decode", "train", "open", "load", "convert"}
+    {"forward", "prefill", "decode", "serve", "train", "open", "load", "convert"}
 )
 TINY = shapes.Shape(
     name="tiny", n_layer=2, n_head=3, n_embd=24, n_positions=40, vocab_size=61, activation="gelu"
@@ -30,11 +30,17 @@ def workload(kind: workloads.Kind, *, rounds: int = 3, **sizes: Any) -> workload
         "forward": (2, 7, 0),
         "prefill": (1, 11, 1),
         "decode": (3, 9, 5),
+        "serve": (2, 6, 5),
         "train": (4, 13, 0),
         "open": (1, 5, 0),
         "load": (1, 1, 0),
         "convert": (1, 1, 0),
+        "start": (1, 7, 6),
+        "compile": (1, 7, 0),
+        "import": (1, 1, 0),
+        "giant": (1, 11, 4),
     }[kind]
+    sizes = {"requests": 5 if kind == "serve" else 0} | sizes
     sizes = {"batch": batch, "length": length, "new_tokens": new_tokens, "shape": TINY} | sizes
     return workloads.Workload(name=f"{kind}-tiny", kind=kind, rounds=rounds, **sizes)
 
@@ -61,6 +67,11 @@ class Sleeper:
 
     def outputs(self):
         return json.loads(sys.argv[2])
+
+    def judge(self, rows):
+        if len(sys.argv) < 4:
+            raise RuntimeError("knows no better")
+        return [float(sys.argv[3])] * len(rows)
 
 protocol.serve(Sleeper())
 """
@@ -118,5 +129,8 @@ def program(name: str, code: str, *arguments: str) -> Contestant:
     )
 
 
-def sleeper(name: str, seconds: float, outputs: str = '{"tokens": [[1, 2]]}') -> Contestant:
-    return program(name, SLEEPER, str(seconds), outputs)
+def sleeper(
+    name: str, seconds: float, outputs: str = '{"tokens": [[1, 2]]}', *judgement: str
+) -> Contestant:
+    """`judgement` is how far below the best it finds any token that it has to judge."""
+    return program(name, SLEEPER, str(seconds), outputs, *judgement)

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from bench.comparison import agreement, speedup, spread
+from bench.comparison import agreement, judged, speedup, spread
 
 
 def test_spread_is_the_median_the_quartiles_and_the_extremes():
@@ -57,3 +57,24 @@ def test_floats_beyond_the_tolerance_and_nan_are_complaints(wrong):
 
 def test_a_nan_of_our_own_is_a_complaint():
     assert agreement({"losses": [math.nan]}, {"losses": [math.nan]}).complaint
+
+
+def test_narrow_numbers_are_compared_as_a_whole_and_not_one_by_one():
+    ours, theirs = {"logits": [1.0, -2.0, 0.001]}, {"logits": [1.05, -2.0, 0.03]}
+    assert agreement(ours, theirs).complaint
+    found = agreement(ours, theirs, "bfloat16")
+    assert not found.complaint
+    assert found.difference == pytest.approx(math.hypot(0.05, 0.029) / math.hypot(1, 2), rel=1e-3)
+    assert "off by" in agreement(ours, {"logits": [1.3, -2.0, 0.0]}, "bfloat16").complaint
+    assert agreement(ours, {"logits": [math.nan, -2.0, 0.0]}, "int8").complaint
+
+
+def test_only_what_both_have_is_compared():
+    assert not agreement({"tokens": [[1]], "counts": [1]}, {"counts": [1]}).complaint
+    assert agreement({"tokens": [[1]], "counts": [1]}, {"counts": [2]}).complaint
+    assert agreement({"tokens": [[1]]}, {"logits": [1.0]}).difference == math.inf
+
+
+def test_the_worst_token_decides():
+    assert judged([0.0, 0.2], "bfloat16").difference == 0.2
+    assert judged([0.0, 0.4, 0.0], "bfloat16").complaint

@@ -38,10 +38,12 @@ def test_a_slowed_build_of_our_worker_is_caught(field):
     assert verdict.outcome == "failed"
 
 
+@pytest.mark.slow
 def test_our_worker_tells_the_ceilings_of_the_machine(field):
     everyone = field(ours())
     (rates,) = driver.ceilings(everyone).values()
-    assert rates["gemm_float32_flops_per_s"] > 1e9
+    for precision in ("float32", "bfloat16", "int8"):
+        assert rates[f"gemm_{precision}_flops_per_s"] > 1e9
     assert rates["read_bytes_per_s"] > 1e8
     assert everyone.hellos[OURS]["threads"] >= 1
 
@@ -76,6 +78,67 @@ def test_whoever_computes_something_else_is_wrong_and_has_no_speed(field):
     assert (rows["cheat"].status, rows["cheat"].turns) == ("wrong", ())
     assert rows["cheat"].reason == "tokens[1] is 3 instead of 2"
     assert rows["a"].status == rows["c"].status == "measured"
+
+
+OTHERS = '{"tokens": [[1, 3]]}'
+
+
+@pytest.mark.parametrize(
+    ("shortfall", "precision", "status"),
+    [
+        ("0.0005", "float32", "measured"),  # two tokens that are level in float32
+        ("0.01", "float32", "wrong"),
+        ("0.01", "bfloat16", "measured"),
+        ("0.5", "bfloat16", "wrong"),
+        ("0.5", "int8", "measured"),
+        ("nan", "int8", "wrong"),
+    ],
+)
+def test_other_tokens_are_right_where_the_model_finds_them_as_good(
+    field, shortfall, precision, status
+):
+    both = field(sleeper("a", 0, '{"tokens": [[1, 2]]}', shortfall), sleeper("b", 0, OTHERS))
+    row = measured(both, workload("decode", rounds=1, precision=precision))["b"]
+    assert row.status == status
+    assert row.facts == {"rows_that_differ": 1}
+    if status == "wrong":
+        assert (
+            row.reason == f"a token lies {float(shortfall):.2g} deviations below the likeliest one"
+        )
+
+
+def test_rounded_tokens_of_the_first_contestant_are_judged_too(field):
+    (row,) = driver.measure(
+        field(sleeper("a", 0, OTHERS, "2")),
+        workload("decode", precision="int8"),
+        lambda who: None,
+    )
+    assert (row.status, row.difference) == ("wrong", None)
+
+
+def test_a_row_of_another_length_is_wrong_whoever_judges(field):
+    both = field(sleeper("a", 0, '{"tokens": [[1, 2]]}', "0"), sleeper("b", 0, '{"tokens": [[1]]}'))
+    rows = measured(both, workload("decode", rounds=1))
+    assert (rows["b"].status, rows["b"].reason) == ("wrong", "tokens: 1 values instead of 2")
+
+
+def test_what_a_contestant_has_not_got_is_not_run_and_no_failure(field):
+    lacks = SLEEPER.replace("os.system(", "raise protocol.Unable('has no such type'); (")
+    (row,) = driver.measure(
+        field(program("a", lacks, "0", "{}")), workload("decode"), lambda who: None
+    )
+    assert (row.status, row.reason) == ("not run", "has no such type")
+
+
+def test_who_is_left_out_of_a_workload_has_no_row(field):
+    both = field(sleeper("a", 0), sleeper("b", 0))
+    assert set(measured(both, workload("decode", rounds=1, without=("a",)))) == {"b"}
+
+
+def test_facts_are_told_and_not_compared(field):
+    told = '{"tokens": [[1, 2]], "facts": {"slot_utilisation": 0.5}}'
+    rows = measured(field(sleeper("a", 0), sleeper("b", 0, told)), workload("decode", rounds=1))
+    assert (rows["b"].status, rows["b"].facts) == ("measured", {"slot_utilisation": 0.5})
 
 
 def test_a_contestant_that_breaks_does_not_stop_the_others_nor_its_next_workload(field):
@@ -137,11 +200,36 @@ def test_a_python_without_torch_says_what_it_lacks(monkeypatch, tmp_path):
 
 
 @pytest.mark.parity
-def test_pytorch_agrees_with_us_on_every_kind(field):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_every_peer_continues_as_we_do(field, precision):
     pytest.importorskip("torch")
     everyone = [
-        c for c in contestants.contestants(device="cpu", threads=2) if "compile" not in c.name
+        c for c in contestants.contestants(device="cpu", threads=2) if c.name != "HF compiled"
     ]
+    rows = measured(field(*everyone), workload("decode", rounds=1, precision=precision))
+    unable = {"float32": set(), "bfloat16": {"CTranslate2"}, "int8": {"HF generate"}}[precision]
+    for name, row in rows.items():
+        if row.reason.startswith("has no llama_cpp"):
+            continue
+        expected = "not run" if name in unable else "measured"
+        # Whether CTranslate2 has bfloat16 is a matter of the processor.
+        assert row.status == expected or name == "CTranslate2", row.reason
+
+
+@pytest.mark.parity
+def test_peers_serve_requests_of_all_lengths_as_we_do(field):
+    pytest.importorskip("torch")
+    everyone = contestants.contestants(device="cpu", threads=2)
+    rows = measured(field(*everyone), workload("serve", rounds=1))
+    assert {row.status for row in rows.values() if "llama_cpp" not in row.reason} == {"measured"}
+    assert rows[OURS].facts["slot_utilisation"] > 0.5
+
+
+@pytest.mark.parity
+def test_pytorch_agrees_with_us_on_every_kind(field):
+    pytest.importorskip("torch")
+    names = (OURS, "torch eager", "HF generate")
+    everyone = [c for c in contestants.contestants(device="cpu", threads=2) if c.name in names]
     assert not any(c.absent for c in everyone)
     three = field(*everyone)
     for kind in ("forward", "prefill", "decode", "train", "open"):
@@ -154,8 +242,9 @@ def test_pytorch_agrees_with_us_on_every_kind(field):
 @pytest.mark.slow
 def test_compiled_pytorch_agrees_with_us(field):
     pytest.importorskip("torch")
-    everyone = [c for c in contestants.contestants(device="cpu", threads=2) if "compile" in c.name]
+    names = ("torch.compile", "HF compiled")
+    everyone = [c for c in contestants.contestants(device="cpu", threads=2) if c.name in names]
     two = field(ours(), *everyone)
-    for kind in ("forward", "train"):
+    for kind in ("forward", "decode", "train"):
         rows = driver.measure(two, workload(kind), lambda who: None)
         assert [(row.status, row.reason) for row in rows] == [("measured", "")] * 2

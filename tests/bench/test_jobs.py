@@ -139,6 +139,45 @@ def test_openings_are_measured_and_two_of_them_tell_what_they_share(field):
     assert row.shared.share < 0.7
 
 
+def test_a_command_tells_its_tokens_and_its_own_seconds(tmp_path):
+    code = (
+        'print(\'loading\'); print(\'{"tokens": [[7]], "seconds": 9.5, "parts_s": {"open": 2}}\')'
+    )
+    task = jobs.Command([sys.executable, "-c", code])
+    usage = task.call()
+    assert (usage.seconds, usage.parts_s) == (9.5, {"open": 2})
+    assert usage.command_s < 9
+    assert task.outputs() == {"tokens": [[7]]}
+
+
+def test_a_command_without_a_word_is_timed_as_a_whole(tmp_path):
+    fresh = tmp_path / "cache"
+    fresh.mkdir()
+    task = jobs.Command(
+        ["sh", "-c", 'test "$CACHE" = here && test ! -e "$0" && sleep 0.05', str(fresh)],
+        env={"CACHE": "here"},
+        fresh=fresh,
+    )
+    usage = task.call()
+    assert usage.seconds == usage.command_s >= 0.05
+    assert task.outputs() == {"counts": [0]}
+
+
+@pytest.mark.slow
+def test_commands_of_ours_are_measured_from_their_start(field):
+    start = workload("start", rounds=1)
+    compiled = workload("compile", rounds=1, is_cached=True)
+    imported = workload("import", rounds=1)
+    giant = workload("giant", rounds=1, shape=TINY_GPT_OSS, precision="bfloat16")
+    alone = field(ours())
+    rows = [measured(alone, work)[OURS] for work in (start, compiled, imported, giant)]
+    assert [(row.status, row.reason) for row in rows] == [("measured", "")] * 4
+    cold_s, cached_s = rows[1].first_call_s, rows[1].samples[0]
+    assert cold_s is not None
+    assert cached_s < cold_s
+    assert rows[3].usages[0].parts_s.keys() == {"open", "prompt"}
+
+
 def test_a_process_that_has_ended_has_no_memory():
     assert memory.anonymous(2**22 + 1) is None
     assert memory.proportional(2**22 + 1) is None
@@ -150,6 +189,16 @@ def test_too_little_room_on_the_disk_is_a_row_with_its_reason(field, monkeypatch
     rows = measured(field(ours()), workload("convert", shape=shapes.GPT2_XL))
     assert (rows[OURS].status, rows[OURS].turns) == ("not run", ())
     assert rows[OURS].reason == "needs 13.9 GB of the disk, 3.0 GB free"
+
+
+def test_the_giant_needs_memory_for_its_pages_and_disk_for_two_copies(field, monkeypatch):
+    work = workload("giant", shape=shapes.GPT_OSS_20B)
+    usage = shutil.disk_usage("/")._replace(free=40 * 10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert field(ours()).obstacle(work) == "needs 42.3 GB of the disk, 40.0 GB free"
+    usage = usage._replace(free=50 * 10**9)
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: 16 * 10**9)
+    assert field(ours()).obstacle(work) == "needs 16.8 GB of memory, 16.0 GB free"
 
 
 def test_a_model_that_does_not_fit_in_memory_is_a_reason(monkeypatch):

@@ -1,6 +1,7 @@
-"""Measures flaxmill beside PyTorch and writes a table, JSON, Markdown and a plot.
+"""Measures flaxmill beside its peers and writes a table, JSON, Markdown and a plot.
 
 python -m bench --suite=ci --out=out/bench
+python -m bench --compare=before/results.json,after/results.json
 """
 
 import re
@@ -30,9 +31,19 @@ _KEEP = flags.DEFINE_bool(
     False,
     "Keeps the checkpoints that are made (full: 28 GB) in --out/checkpoints for the next run.",
 )
+_COMPARE = flags.DEFINE_list(
+    "compare", [], "Measures nothing, and tells what changed between two results.json."
+)
 
 
 def main() -> None:
+    if _COMPARE.value:
+        if len(_COMPARE.value) != 2:
+            raise door.Usage("--compare takes two files: --compare=before.json,after.json")
+        from bench import compare
+
+        compare.run(_COMPARE.value)
+        return
     from bench import workloads
 
     suite = workloads.SUITES[_SUITE.value]

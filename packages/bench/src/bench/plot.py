@@ -1,9 +1,13 @@
-"""The plot: how many times as fast flaxmill is, by workload and peer, on a scale where twice and half are even."""
+"""The plots: how many times as fast flaxmill is, by workload and peer, on a scale where twice and half are even.
+
+One is of a run, the other of all runs that were published.
+"""
 
 import dataclasses
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -135,6 +139,54 @@ def _ticks(low: float, high: float) -> list[float]:
         if low <= tick <= high and all(max(tick / t, t / tick) > room for t in shown):
             shown.append(tick)
     return shown
+
+
+def history(runs: Sequence[Mapping[str, Any]]) -> bytes:
+    """Returns a picture of the published runs from the oldest on: a panel a kind of work, a line a workload.
+
+    A line is how many times as fast we are as the fastest of the peers in that run.
+    """
+    kinds: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for i, run in enumerate(runs):
+        for name, row in run["rows"].items():
+            if ratios := [ratio[0] for ratio in row.get("against", {}).values()]:
+                kinds.setdefault(row["kind"], {}).setdefault(name, []).append((i, min(ratios)))
+    rows = max(1, -(-len(kinds) // 2))
+    figure = Figure(figsize=(12, 1 + 3.2 * rows), dpi=100, layout="constrained")
+    figure.suptitle("flaxmill beside the fastest of its peers, by published run", fontsize=13)
+    panels = figure.subplots(rows, 2, squeeze=False).ravel()
+    days = [f"{run['date'][:10]}\n{run['suite']}" for run in runs]
+    for axes, kind in zip(panels, kinds, strict=False):
+        _draw_history(axes, kind, kinds[kind], days)
+    for axes in panels[len(kinds) :]:
+        axes.set_visible(False)
+    return _encoded(figure)
+
+
+def _draw_history(
+    axes: Axes, kind: str, lines: Mapping[str, Sequence[tuple[int, float]]], days: Sequence[str]
+) -> None:
+    for n, (name, points) in enumerate(lines.items()):
+        style = ("-", "--", ":", "-.")[n // len(COLOURS) % 4]
+        places, ratios = zip(*points, strict=True)
+        colour = COLOURS[n % len(COLOURS)]
+        axes.plot(places, ratios, style, color=colour, marker="o", markersize=3, label=name)
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    low, high = min(0.8, low), max(1.25, high)
+    axes.set_ylim(low / 1.05, high * 1.05)
+    axes.set_yticks(_ticks(low, high))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}x"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    step = -(-len(days) // 6)
+    axes.set_xticks(range(0, len(days), step), days[::step])
+    axes.set_xlim(-0.5, len(days) - 0.5)
+    axes.axhline(1, color=INK, linewidth=1)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_title(kind, loc="left", fontsize=10, color=INK)
+    axes.tick_params(length=0, labelsize=8, colors=INK)
+    axes.spines[:].set_visible(False)
+    axes.legend(fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _encoded(figure: Figure) -> bytes:

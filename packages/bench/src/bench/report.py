@@ -5,9 +5,10 @@ All four are drawn from one `Report`; nothing is computed here that is not in re
 
 import dataclasses
 import json
+import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,10 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """One run of the benchmark. `ceilings` and `versions` are by contestant; `date` is ISO 8601, UTC."""
+    """One run of the benchmark. `ceilings` and `versions` are by contestant; `date` is ISO 8601, UTC.
+
+    `wall_s` is what each workload took in all, preparation included.
+    """
 
     suite: str
     command: str
@@ -44,6 +48,7 @@ class Report:
     ceilings: dict[str, dict[str, float]]
     rows: Sequence[Row]
     verdicts: Sequence[gate.Verdict]
+    wall_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def failures(self) -> list[str]:
@@ -96,13 +101,14 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "schema": 1,
+            "schema": 2,
             "suite": self.suite,
             "command": self.command,
             "date": self.date,
             "machine": self.machine,
             "versions": self.versions,
             "ceilings": self.ceilings,
+            "wall_s": self.wall_s,
             "rows": [self._row(row) for row in self.rows],
             "gate": [dataclasses.asdict(verdict) for verdict in self.verdicts],
         }
@@ -128,6 +134,8 @@ def figure(row: Row) -> comparison.Spread:
 def write(report: Report, out: Path) -> list[Path]:
     """Writes results.json, results.md and results.png to the folder `out`, and returns their paths."""
     results = json.dumps(report.to_dict(), indent=1) + "\n"
+    # Thousands of samples: a list of numbers is one line.
+    results = re.sub(r"\[[-+.\deE,\s]+\]", lambda m: " ".join(m[0].split()), results)
     return [
         _replace(out / "results.json", results.encode()),
         _replace(out / "results.md", markdown(report).encode()),
@@ -282,7 +290,16 @@ def _versions(report: Report) -> dict[str, str]:
 
 def _lines(report: Report) -> list[str]:
     """Returns what stands below the table."""
-    return [*_limits(report), *_processes(report), *_remarks(report), *_verdict(report)]
+    told = (_limits(report), _processes(report), _remarks(report), _verdict(report), _walls(report))
+    return [line for lines in told for line in lines]
+
+
+def _walls(report: Report) -> list[str]:
+    if not report.wall_s:
+        return []
+    longest = sorted(report.wall_s.items(), key=lambda item: -item[1])[:3]
+    told = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in longest)
+    return [f"took {sum(report.wall_s.values()) / 60:.1f} minutes; the longest: {told}"]
 
 
 def _processes(report: Report) -> list[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def _measured(
                 _require_gpu(field, everyone[0])
             # Before and after: whoever disturbs one of them does not make the limits lower than they are.
             looks = [driver.ceilings(field)]
-            rows = _rows(field, workloads, show)
+            rows, wall_s = _rows(field, workloads, show)
             looks.append(driver.ceilings(field))
     return report.Report(
         suite=suite,
@@ -99,6 +100,7 @@ def _measured(
         ceilings=best(looks),
         rows=rows,
         verdicts=gate.judge(rows, thresholds),
+        wall_s=wall_s,
     )
 
 
@@ -132,17 +134,20 @@ def _require_gpu(field: Field, ours: Contestant) -> None:
 
 def _rows(
     field: Field, workloads: Sequence[Workload], show: Callable[[int, str], None]
-) -> list[Row]:
+) -> tuple[list[Row], dict[str, float]]:
+    """Returns the rows, and the seconds that each workload took."""
     total = sum(driver.steps(field, workload) for workload in workloads)
     rows: list[Row] = []
+    wall_s: dict[str, float] = {}
     for i, workload in enumerate(workloads):
-        name = workload.name
+        name, start = workload.name, time.monotonic()
         rows += driver.measure(
             field, workload, lambda who, name=name: show(total, f"{name}: {who}")
         )
         if all(later.shape != workload.shape for later in workloads[i + 1 :]):
             field.release(workload.shape)
-    return rows
+        wall_s[name] = time.monotonic() - start
+    return rows, wall_s
 
 
 @contextlib.contextmanager

@@ -196,6 +196,12 @@ class Workload:
             for _ in range(self.batch)
         ]
 
+    @property
+    def longest(self) -> int:
+        """The most positions that a row has, of prompt and continuation."""
+        rows = self.served() if self.requests else [([0] * self.length, self.new_tokens)]
+        return max(len(prompt) + new for prompt, new in rows)
+
     def prompts(self) -> list[list[int]]:
         """What each row or request begins with."""
         return [prompt for prompt, _ in self.served()] if self.requests else self.tokens()

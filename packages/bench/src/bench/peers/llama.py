@@ -199,9 +199,9 @@ def _requests(workload: Workload) -> list[tuple[list[int], int]]:
 
 
 def _opened(workload: Workload, file: Path, threads: int) -> Llama:
-    length = max(len(prompt) + new for prompt, new in _requests(workload))
     is_exact = workload.precision == "float32"
-    return Llama(file, rows=workload.batch, length=length, threads=threads, is_exact=is_exact)
+    rows, length = workload.batch, workload.longest
+    return Llama(file, rows=rows, length=length, threads=threads, is_exact=is_exact)
 
 
 def _start(llama: Llama, workload: Workload, open_s: float) -> dict[str, Any]:

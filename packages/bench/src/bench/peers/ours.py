@@ -112,14 +112,10 @@ def _converted(weights: Path, **options: Any) -> Path:
     return folder
 
 
-def _engine(folder: Path, precision: Precision, *, slots: int) -> core.Engine:
-    """The one place where an engine is made."""
-    if precision == "int8":
-        source = folder.with_name("huggingface")
-        folder = _converted(source, dtype="bfloat16", quantization="int8")
-    dtype = DTYPES[precision]
-    model, params, _ = core.load(folder, dtype if precision == "bfloat16" else None)
-    return core.Engine(model, params, slots=slots, dtype=dtype)
+def _engine(folder: Path, precision: Precision, *, slots: int, length: int) -> core.Engine:
+    """The one place where an engine is made; a slot holds `length` positions."""
+    model, params, _ = core.load(folder)
+    return core.Engine(model, params, slots=slots, length=length, precision=precision)
 
 
 def _sampling(new_tokens: int) -> core.Sampling:
@@ -178,9 +174,13 @@ class Generate:
 
     def __init__(self, workload: Workload, folder: Path) -> None:
         self.folder = folder
-        self.engine = _engine(folder, workload.precision, slots=workload.batch)
+        self.requests = self.ask(workload)
+        length = workload.longest
+        self.engine = _engine(folder, workload.precision, slots=workload.batch, length=length)
+
+    def ask(self, workload: Workload) -> list[core.Request]:
         sampling = _sampling(workload.new_tokens)
-        self.requests = [core.Request(row, sampling) for row in workload.tokens()]
+        return [core.Request(row, sampling) for row in workload.tokens()]
 
     def call(self) -> None:
         self.results = self.engine.complete(self.requests)
@@ -199,16 +199,19 @@ class Serve(Generate):
     """More requests than slots, each with its own length."""
 
     def __init__(self, workload: Workload, folder: Path, *, is_even: bool) -> None:
-        super().__init__(workload, folder)
         self.is_even = is_even
-        self.requests = [
-            core.Request(prompt, _sampling(new)) for prompt, new in workload.served(is_even=is_even)
-        ]
+        super().__init__(workload, folder)
+
+    def ask(self, workload: Workload) -> list[core.Request]:
+        served = workload.served(is_even=self.is_even)
+        return [core.Request(prompt, _sampling(new)) for prompt, new in served]
 
     def outputs(self) -> Mapping[str, Any]:
         rows = super().outputs()["tokens"]
-        counts = {"counts": [sum(map(len, rows))]}
-        return counts if self.is_even else {**counts, "tokens": rows}
+        did = self.engine.counters
+        used = did.tokens / (did.steps * self.engine.slots)
+        told = {"counts": [sum(map(len, rows))], "facts": {"slot_utilisation": used}}
+        return told if self.is_even else {**told, "tokens": rows}
 
 
 def _shortfalls(folder: Path, rows: list[list[list[int]]]) -> list[float]:
@@ -295,7 +298,7 @@ def _giant(folder: str, workload: str) -> None:
     work = Workload.from_dict(json.loads(workload))
     (prompt,) = work.tokens()
     start = time.perf_counter()
-    engine = _engine(Path(folder), work.precision, slots=1)
+    engine = _engine(Path(folder), work.precision, slots=1, length=work.longest)
     parts_s = {"open": time.perf_counter() - start}
 
     def complete(tokens: list[int], new_tokens: int) -> float:
