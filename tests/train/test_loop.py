@@ -29,6 +29,9 @@ from train.step import next_tokens
 from training_runs import different_arrays, last_arrays, last_state, timeless_rows
 
 
+mean_loss = jax.jit(core.loss, static_argnums=1)
+
+
 def run(config: TrainConfig, **changes) -> train.Result:
     return train.run(dataclasses.replace(config, **changes), progress=False)
 
@@ -100,7 +103,7 @@ def test_the_model_folder_has_the_best_weights_and_the_tokenizer(
     assert tokenizer.decode(tokenizer.encode(text[:99])) == text[:99]
     dataset = open_dataset(Path(base_config.data_dir) / "small", block_size=16)
     losses = [
-        core.loss(params, model, next_tokens(jnp.asarray(batch_BS)))
+        mean_loss(params, model, next_tokens(jnp.asarray(batch_BS)))
         for batch_BS in (
             dataset.batch("eval_val", seed=base_config.seed, step=step, rows=5, length=17)
             for step in range(4)
@@ -176,7 +179,7 @@ def test_update_i_sees_batch_i(config: TrainConfig):
     logged = {row["iter"]: row["train_loss"] for row in still.rows() if "train_loss" in row}
     for i in (0, 7, 33):
         batch_BS = dataset.batch("train", seed=config.seed, step=i, rows=15, length=17)
-        expected = core.loss(params, model, next_tokens(jnp.asarray(batch_BS)))
+        expected = mean_loss(params, model, next_tokens(jnp.asarray(batch_BS)))
         assert logged[i] == pytest.approx(float(expected), abs=1e-5)
 
 
@@ -380,6 +383,7 @@ def test_op_by_op_is_the_same_mathematics(config: TrainConfig):
     assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_without_a_tokenizer_goes_on_with_gpt2s_ids(config: TrainConfig, tmp_path: Path):
     """nanoGPT's token files have none beside them, and their model's vocabulary is padded."""
     folder = tmp_path / "openwebtext"
@@ -441,7 +445,7 @@ def test_a_full_evaluation_is_every_window_once(smallest: TrainConfig):
     count = (len(tokens) - 1) // 12
     windows_BS = np.stack([tokens[12 * i : 12 * i + 13] for i in range(count)]).astype(np.int32)
     assert count % 7  # the last batch is a shorter one
-    expected = core.loss(params, model, next_tokens(jnp.asarray(windows_BS)))
+    expected = mean_loss(params, model, next_tokens(jnp.asarray(windows_BS)))
     assert done.best_val_loss == pytest.approx(float(expected), abs=2e-6)
 
 
@@ -457,7 +461,7 @@ def test_in_epochs_every_window_is_learned_from_once(smallest: TrainConfig):
         pytest.skip("no batch divides the text's windows")
     model, params, _ = core.load(done.model_dir)
     windows_BS = np.stack([tokens[12 * i : 12 * i + 13] for i in range(count)]).astype(np.int32)
-    expected = core.loss(params, model, next_tokens(jnp.asarray(windows_BS)))
+    expected = mean_loss(params, model, next_tokens(jnp.asarray(windows_BS)))
     losses = [row["train_loss"] for row in done.rows() if "train_loss" in row]
     assert np.mean(losses) == pytest.approx(float(expected), abs=1e-5)
 
