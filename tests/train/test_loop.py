@@ -1,6 +1,8 @@
 import dataclasses
 import json
+import logging
 import os
+import re
 import shutil
 import signal
 import threading
@@ -19,13 +21,13 @@ from core.checkpoint import CheckpointError
 from core.tokenizer import Tokenizer
 from train import loop, preflight
 from train import origin as origin_lib
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, Progress
 from train.config import TrainConfig
 from train.data import DataError, open_dataset
 from train.devices import open_devices
 from train.metrics import read_rows
 from train.prepare import prepare
-from train.step import next_tokens
+from train.step import State, next_tokens
 from training_runs import different_arrays, last_arrays, last_state, timeless_rows
 
 
@@ -78,7 +80,8 @@ def test_metrics_have_the_documented_keys(finished: train.Result):
 
 def test_out_dir_holds_what_architecture_promises(finished: train.Result, base_config: TrainConfig):
     names = {path.name for path in finished.out_dir.iterdir()}
-    assert names == {"metrics.jsonl", "config.json", "checkpoints", "model", "loss.png"}
+    files = {"metrics.jsonl", "config.json", "environment.json", "loss.png"}
+    assert names == files | {"checkpoints", "model"}
     saved = json.loads((finished.out_dir / "config.json").read_text())
     assert TrainConfig.from_dict(saved) == dataclasses.replace(
         base_config, out_dir=str(finished.out_dir)
@@ -478,6 +481,36 @@ def test_what_is_no_model_folder_is_told_how_to_become_one(smallest: TrainConfig
         match=r"not a model folder; make one .* python -m convert --source=.*/ckpt\.pt --out=models/ckpt,",
     ):
         run(smallest, init_from=str(tmp_path / "ckpt.pt"))
+
+
+def test_a_runs_folder_is_told_where_its_model_is(finished: train.Result, config: TrainConfig):
+    with pytest.raises(train.TrainError, match=r"a run's folder; its .* init_from=.*/model$"):
+        run(config, init_from=str(finished.out_dir))
+
+
+def test_an_update_is_compiled_once_and_once_more_after_resuming(
+    smallest: TrainConfig, caplog: pytest.LogCaptureFixture
+):
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        run(smallest, max_iters=9)
+        run(smallest, max_iters=19, init_from="resume")
+    compiled = re.findall(
+        r"Compiling jit\((update|loss_of)\)|Compiling (update|loss_of) ", caplog.text
+    )
+    assert sorted("".join(names) for names in compiled) == ["loss_of"] * 2 + ["update"] * 2
+
+
+@pytest.mark.slow
+def test_twenty_saves_leave_no_memory_behind(tmp_path: Path):
+    """orbax#2090 and marin#6774: host memory that grows with every save."""
+    state = State({"w": jnp.ones((4_000_000,))}, {"m": jnp.ones((4_000_000,))})
+    progress = Progress(model={}, best_val_loss=1.0)
+    pages = []
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        for i in range(20):
+            checkpoints.save(i, state, progress, val_loss=None)
+            pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
+    assert pages[19] < 1.15 * pages[3]
 
 
 @pytest.mark.parametrize("damage", ["_CHECKPOINT_METADATA", "state", "everything"])

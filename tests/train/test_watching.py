@@ -1,16 +1,18 @@
 """What a run shows of itself: trackers, samples, traces, the dry run, the line on a terminal."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 import train
 from core.errors import ConfigError
 from recorder import Recorder
-from train import metrics, progress
+from train import environment, metrics, progress
 from train.config import TrainConfig
 
 
@@ -67,6 +69,12 @@ def test_everything_that_can_be_watched_is(watched: TrainConfig, recorders, tmp_
     assert board.calls("SummaryWriter")[1]["purge_step"] == 4
 
 
+def test_what_made_the_run_is_written_beside_it():
+    facts = environment.facts()
+    assert facts["jax"] == jax.__version__
+    assert facts["commit"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", facts["commit"])
+
+
 def test_an_extra_that_is_missing_is_a_usage_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for key, extra in (("wandb_log", "wandb"), ("tensorboard", "tensorboard")):
@@ -103,6 +111,8 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
     assert not (tmp_path / "out").exists()
     lines = dict(line.split(maxsplit=1) for line in report.splitlines())
     assert "1 layers, 2 heads, 8 wide" in lines["model"]
+    assert lines["parts"].startswith("blocks 7")
+    assert "wpe 96" in lines["parts"]
     assert "1 x 3 sequences of 12 = 36 tokens" in lines["update"]
     assert "4 updates see 144" in lines["data"]
     assert "GB on the device" in lines["memory"]

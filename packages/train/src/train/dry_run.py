@@ -34,6 +34,7 @@ def report(config: TrainConfig, plan: Plan, devices: Devices) -> str:
     flops = metrics.flops_per_token(shape, config.block_size) * config.tokens_per_step
     lines = {
         "model": _model(config, plan, model),
+        "parts": _parts(state.params),
         "device": f"{devices}; {compute.described(model, dtype)}",
         "data": _data(config, plan),
         "update": (
@@ -54,6 +55,12 @@ def _model(config: TrainConfig, plan: Plan, model: Any) -> str:
         f"{model.config.family}, {axes['L']} layers, {axes['N']} heads, {axes['D']} wide, vocabulary "
         f"{axes['V']:,}: {model.config.parameter_count:,} parameters; begins from {begins}"
     )
+
+
+def _parts(params: Any) -> str:
+    """The parameters by the first word of their names; a block's are given for all blocks together."""
+    counts = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in params.items()}
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
 def _data(config: TrainConfig, plan: Plan) -> str:

@@ -24,7 +24,17 @@ import numpy as np
 from core import checkpoint as model_folder
 from core import compiled
 from core.models import Params
-from train import compute, dry_run, guards, metrics, optimizer, preflight, samples, step
+from train import (
+    compute,
+    dry_run,
+    environment,
+    guards,
+    metrics,
+    optimizer,
+    preflight,
+    samples,
+    step,
+)
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.data import Dataset
@@ -352,9 +362,10 @@ def _open_out_dir(config: TrainConfig, out_dir: Path, resume_at: int | None) -> 
                 path.unlink(missing_ok=True)
     out_dir.mkdir(parents=True, exist_ok=True)
     log = MetricsLog(out_dir / METRICS_FILE, resume_at=resume_at)
-    temporary = out_dir / "config.json.tmp"
-    temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    temporary.replace(out_dir / "config.json")
+    for name, content in {"config": config.to_dict(), "environment": environment.facts()}.items():
+        temporary = out_dir / f"{name}.json.tmp"
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.replace(out_dir / f"{name}.json")
     return log
 
 

@@ -17,6 +17,7 @@ METRICS_FILE = "metrics.jsonl"
 # In the order of removal: a folder with metrics.jsonl in it is a run.
 RUN_FILES = (
     "config.json",
+    "environment.json",
     "checkpoints",
     "model",
     "loss.png",
@@ -125,6 +126,10 @@ def _open_weights(config: TrainConfig, dataset: Dataset) -> ModelFolder:
     except CheckpointError as error:
         if not path.exists() or model_folder.is_model_folder(path):
             raise
+        if model_folder.is_model_folder(path / "model"):
+            raise TrainError(
+                f"init_from={path}: a run's folder; its best weights are init_from={path / 'model'}"
+            ) from error
         raise TrainError(
             f"init_from={path}: not a model folder; make one of it with: "
             f"python -m convert --source={path} --out=models/{path.stem}, then init_from=models/{path.stem}"

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any, Self
 
+import jax
+
 from train.config import TrainConfig
 from train.metrics import Row
 
@@ -23,6 +25,8 @@ class Trackers:
         self.run_id = run_id
         self._board: Any = None
         self._wandb: Any = None
+        if jax.process_index():
+            return  # one writer is enough
         if config.tensorboard:
             writer = importlib.import_module("tensorboardX").SummaryWriter
             folder = str(Path(config.out_dir) / "tensorboard")
