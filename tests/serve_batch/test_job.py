@@ -233,16 +233,15 @@ def test_an_engine_that_fails_ends_the_job_and_the_next_run_goes_on(
 ):
     write_jsonl(prompts(48))
     run(output=tmp_path / "clean")
-    serve, calls = host.EngineHost.complete, []
+    advance = core.Engine._advance
 
-    def fail_the_third_time(self, requests):
-        calls.append(len(requests))
-        if len(calls) == 3:
+    def fail_in_the_third_shard(self, steps):
+        if len(list((tmp_path / "out").glob("part-*.jsonl"))) == 2:
             raise MemoryError("out of\ndevice memory")
-        return serve(self, requests)
+        return advance(self, steps)
 
     with monkeypatch.context() as patch:
-        patch.setattr(host.EngineHost, "complete", fail_the_third_time)
+        patch.setattr(core.Engine, "_advance", fail_in_the_third_shard)
         started = time.monotonic()
         with pytest.raises(serve_batch.JobError, match="MemoryError: out of device memory; fin"):
             run()

@@ -4,38 +4,136 @@ The host knows nothing of Beam. It draws the line between a row that cannot be s
 that has failed, which is an exception and stops the job.
 """
 
+import collections
+import dataclasses
 import datetime
 import functools
+import queue
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 
 import core
-from core import harmony
+from core import decode, harmony
 from core.chat import Chat
 from core.chat import missing as template_missing
 from serve_batch import plan
 from serve_batch.plan import JobError
 from serve_batch.records import Conversation
 
+K = TypeVar("K")
+E = TypeVar("E")
+
+PREFIX_CACHE_BYTES = 2**28
+"""For what prompts have in common, such as a system prompt; it changes no result."""
+
+WAITING_PER_SLOT = 4
+"""Requests of one caller that are in line or in a slot, a slot: enough that none stands free."""
+
 
 class EngineHost:
-    """A `core.Engine` that threads may share."""
+    """A `core.Engine` that threads share: the requests of all fill the same slots.
 
-    def __init__(self, model: Path, *, slots: int):
+    One thread drives it, from the first request on. If that fails, all who wait are told, and all who come later.
+    """
+
+    def __init__(self, model: Path, *, slots: int, precision: str | None = None):
         self._model = model
-        self._engine = core.Engine(*core.load(model), slots=slots)
-        self._lock = threading.Lock()
+        self._engine = core.Engine(
+            *core.load(model), slots=slots, precision=precision, prefix_cache=PREFIX_CACHE_BYTES
+        )
+        self._arrivals: queue.SimpleQueue[_Arrival | _Leaving | None] = queue.SimpleQueue()
+        self.broken: BaseException | None = None
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None
 
     def complete(
-        self, requests: Sequence[core.Request]
-    ) -> list[core.Completion | core.RequestError]:
-        """Returns one result a request, in order. Anything raised means that the engine itself is broken."""
-        with self._lock:
-            return self._engine.complete(requests)
+        self, requests: Iterable[tuple[K, core.Request | E]]
+    ) -> Iterator[tuple[K, core.Completion | core.RequestError | E]]:
+        """Yields a result for each request under its key, in order; what is no request comes back as it is.
+
+        Requests are taken as they are needed. Anything raised means that the engine itself is broken.
+        """
+        given = iter(requests)
+        line: collections.deque[_Awaited[K, E]] = collections.deque()
+        call = _Call()
+        try:
+            while True:
+                while len(line) < self._engine.slots * WAITING_PER_SLOT:
+                    pair = next(given, None)
+                    if pair is None:
+                        break
+                    line.append(self._ask(*pair, call))
+                if not line:
+                    return
+                while line[0].result is None:
+                    awaited, result = call.results.get()
+                    if isinstance(result, BaseException) and not isinstance(
+                        result, core.RequestError
+                    ):
+                        raise result
+                    awaited.result = result
+                first = line.popleft()
+                assert first.result is not None
+                yield first.key, first.result
+        finally:
+            if line:
+                self._arrivals.put(_Leaving(call))
+
+    def close(self) -> None:
+        """Lets go of the model; nobody may wait for anything any more."""
+        self._arrivals.put(None)
+
+    def _ask(self, key: K, request: core.Request | E, call: "_Call") -> "_Awaited[K, E]":
+        if not isinstance(request, core.Request):
+            return _Awaited(key, request)
+        awaited: _Awaited[K, E] = _Awaited(key, None)
+        with self._starting:
+            if self.broken is not None:
+                raise self.broken
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._drive, name="engine", daemon=True)
+                self._thread.start()
+            self._arrivals.put(_Arrival(request, awaited, call))
+        return awaited
+
+    def _drive(self) -> None:
+        """Serves whoever comes until the process ends, or the engine fails."""
+        open_: dict[int, _Arrival] = {}
+        try:
+            while True:
+                while not self._arrivals.empty() or not self._engine.busy:
+                    who = self._arrivals.get()
+                    if who is None:
+                        return
+                    self._let_in(who, open_)
+                for event in self._engine.step(decode.STEPS):
+                    if event.result is not None:
+                        arrival = open_.pop(event.request)
+                        arrival.call.results.put((arrival.awaited, event.result))
+        except BaseException as error:
+            with self._starting:  # nobody arrives any more
+                self.broken = error
+            while not self._arrivals.empty():
+                last = self._arrivals.get()
+                if isinstance(last, _Arrival):
+                    open_[-len(open_) - 1] = last
+            for arrival in open_.values():
+                arrival.call.results.put((arrival.awaited, error))
+
+    def _let_in(self, who: "_Arrival | _Leaving", open_: "dict[int, _Arrival]") -> None:
+        if isinstance(who, _Leaving):
+            for ticket in [t for t, arrival in open_.items() if arrival.call is who.call]:
+                self._engine.cancel(ticket)
+                del open_[ticket]
+            return
+        try:
+            open_[self._engine.submit(who.request)] = who
+        except core.RequestError as error:
+            who.call.results.put((who.awaited, error))
 
     def encode(self, talk: Conversation, now: datetime.datetime) -> tuple[int, ...]:
         """Returns a conversation as the model's chat template has it.
@@ -71,11 +169,36 @@ class EngineHost:
         return self._found_chat
 
 
+class _Call:
+    """Someone who waits, and where results go."""
+
+    def __init__(self) -> None:
+        self.results: queue.SimpleQueue[tuple[_Awaited[Any, Any], Any]] = queue.SimpleQueue()
+
+
+@dataclasses.dataclass(eq=False)
+class _Awaited(Generic[K, E]):
+    key: K
+    result: core.Completion | core.RequestError | E | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arrival:
+    request: core.Request
+    awaited: _Awaited[Any, Any]
+    call: _Call
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaving:
+    call: _Call
+
+
 _opening = threading.Lock()
-_current: tuple[tuple[Path, int, str], EngineHost] | None = None
+_current: tuple[tuple[Path, int, str | None, str], EngineHost] | None = None
 
 
-def shared(model: Path, *, slots: int, revision: str) -> EngineHost:
+def shared(model: Path, *, slots: int, revision: str, precision: str | None = None) -> EngineHost:
     """Returns the process's host for `model`, loading it if it is not the one already there.
 
     Raises:
@@ -83,16 +206,18 @@ def shared(model: Path, *, slots: int, revision: str) -> EngineHost:
     """
     global _current
     with _opening:
-        wanted = (model, slots, revision)
-        if _current is None or _current[0] != wanted:
+        wanted = (model, slots, precision, revision)
+        if _current is None or _current[0] != wanted or _current[1].broken is not None:
             found = plan.model_revision(model)
             if found != revision:
                 raise JobError(
                     f"the job was planned for revision {revision[:12]} of the model, "
                     f"{model} holds {found[:12]}; start the job again in another output folder"
                 )
+            if _current is not None:
+                _current[1].close()
             _current = None  # one model's memory at a time
-            _current = (wanted, EngineHost(model, slots=slots))
+            _current = (wanted, EngineHost(model, slots=slots, precision=precision))
         return _current[1]
 
 

@@ -6,7 +6,6 @@ often it was tried before. Beam is not needed here.
 
 import dataclasses
 import hashlib
-import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,8 +19,8 @@ from serve_batch.plan import JobError, Plan, Shard, Span
 from serve_batch.records import Conversation, Prompt, RowError, Source
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-CHUNK_PER_SLOT = 16
-"""Rows that go to the engine at once, a slot: enough to keep the slots full, few enough to show progress."""
+REPORTED_ROWS = 64
+"""Rows between two words of progress."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +39,7 @@ class Job:
     sampling: Sampling
     slots: int
     reports_progress: bool
+    precision: str | None = None
 
     def start(self) -> "Work":
         """Returns what this process needs for any shard of the job; loads the model if no earlier call did.
@@ -53,7 +53,9 @@ class Job:
         fingerprint = plan.fingerprint
         host.check_code(str(fingerprint["core"]))
         revision = str(fingerprint["revision"])
-        engine = host.shared(self.model, slots=self.slots, revision=revision)
+        engine = host.shared(
+            self.model, slots=self.slots, revision=revision, precision=self.precision
+        )
         return Work(job=self, plan=plan, engine=engine, device=host.device())
 
 
@@ -142,19 +144,17 @@ def generate(shard: Shard, work: Work) -> Receipt:
 def _complete(shard: Shard, work: Work) -> Iterator[tuple[Row, Completion | RowError]]:
     """Yields each row of `shard` with what became of it, in order."""
     rows = read(work.plan, shard, work.job.sampling)
-    while chunk := list(itertools.islice(rows, work.job.slots * CHUNK_PER_SLOT)):
-        asked = [_request(row, work) for row in chunk]
-        results = iter(work.engine.complete([r for r in asked if isinstance(r, Request)]))
-        done = [
-            (
-                row,
-                _outcome(row.content, next(results) if isinstance(request, Request) else request),
-            )
-            for row, request in zip(chunk, asked, strict=True)
-        ]
+    unsaid: list[Completion | RowError] = []
+    for row, result in work.engine.complete((row, _request(row, work)) for row in rows):
+        outcome = _outcome(row.content, result)
         if work.job.reports_progress:
-            _report(work.job.output.progress_file, [result for _, result in done])
-        yield from done
+            unsaid.append(outcome)
+        if len(unsaid) == REPORTED_ROWS:
+            _report(work.job.output.progress_file, unsaid)
+            unsaid.clear()
+        yield row, outcome
+    if unsaid:
+        _report(work.job.output.progress_file, unsaid)
 
 
 def _request(row: Row, work: Work) -> Request | RequestError | RowError:

@@ -1,0 +1,102 @@
+"""The host that threads share: same slots, own results, and nobody waits for an engine that is dead."""
+
+import itertools
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import core
+from serve_batch.host import WAITING_PER_SLOT, EngineHost
+
+SAMPLED = core.Sampling(max_new_tokens=6, temperature=0.9, seed=3)
+
+
+def requests(first: int, count: int) -> Iterator[tuple[int, core.Request]]:
+    for i in range(first, first + count):
+        yield i, core.Request(f"Prompt {i}", SAMPLED, str(i))
+
+
+@pytest.fixture
+def host(model: Path) -> Iterator[EngineHost]:
+    host = EngineHost(model, slots=4)
+    yield host
+    host.close()
+
+
+def test_threads_share_the_slots_and_get_their_own_results_in_order(host: EngineHost):
+    expected = dict(host.complete(requests(0, 60)))
+    steps = host._engine.counters.steps
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda n: list(host.complete(requests(10 * n, 10))), range(6)))
+    for n, pairs in enumerate(found):
+        assert [key for key, _ in pairs] == list(range(10 * n, 10 * n + 10))
+        assert all(result == expected[key] for key, result in pairs)
+    # Six callers of ten rows, of six tokens each, four at a time: alone each would leave slots free at its end.
+    assert host._engine.counters.steps - steps <= 1.2 * steps
+
+
+def test_what_is_no_request_and_what_cannot_be_served_come_back_in_their_place(host: EngineHost):
+    given: list[tuple[str, Any]] = [
+        ("a", "not asked"),
+        ("b", core.Request("fine", SAMPLED, "b")),
+        ("c", core.Request("", SAMPLED, "c")),
+        ("d", core.Request("fine", SAMPLED, "b")),
+    ]
+    results = dict(host.complete(given))
+    assert list(results) == ["a", "b", "c", "d"]
+    assert results["a"] == "not asked"
+    assert isinstance(results["c"], core.RequestError)
+    assert isinstance(results["b"], core.Completion)
+    assert results["b"] == results["d"]
+
+
+def test_requests_are_taken_as_they_are_needed(host: EngineHost):
+    taken = itertools.count()
+
+    def endless() -> Iterator[tuple[int, core.Request]]:
+        for i in taken:
+            yield i, core.Request("Prompt", SAMPLED, str(i))
+
+    results = host.complete(endless())
+    for _ in range(50):
+        next(results)
+    assert next(taken) <= 50 + 4 * WAITING_PER_SLOT + 1
+    results.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(list(host.complete(requests(0, 5)))) == 5
+
+
+def test_when_the_engine_dies_all_who_wait_are_told_and_all_who_come(
+    host: EngineHost, monkeypatch: pytest.MonkeyPatch
+):
+    advance, calls = core.Engine._advance, itertools.count()
+    everyone_waits = threading.Barrier(4)
+
+    def die(self: core.Engine, steps: int) -> None:
+        if next(calls) == 0:
+            everyone_waits.wait(10)
+        if next(calls) > 8:
+            raise MemoryError("out of device memory")
+        advance(self, steps)
+
+    monkeypatch.setattr(core.Engine, "_advance", die)
+
+    def ask(n: int) -> BaseException | None:
+        results = host.complete(requests(100 * n, 100))
+        if n:
+            everyone_waits.wait(10)
+        try:
+            list(results)
+        except MemoryError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(4) as pool:
+        deaths = list(pool.map(ask, range(4), timeout=60))
+    assert all(isinstance(death, MemoryError) for death in deaths)
+    with pytest.raises(MemoryError):
+        list(host.complete(requests(0, 1)))
+    assert isinstance(host.broken, MemoryError)
