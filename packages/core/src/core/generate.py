@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from core import door, sampling_flags
+from core.config import PRECISIONS
 from core.errors import FlaxmillError, RequestError, TokenizerError
 
 if TYPE_CHECKING:
@@ -68,6 +69,9 @@ _SPECULATION = flags.DEFINE_integer(
 )
 _MESH = flags.DEFINE_string(
     "mesh", None, "Lays the model over several devices, as tensor=8 (core.sharding)."
+)
+_PRECISION = flags.DEFINE_enum(
+    "precision", None, PRECISIONS, "What to compute in; by default what the model is stored in."
 )
 _JSON = flags.DEFINE_bool("json", False, "Prints one JSON object a continuation.")
 _LOGPROBS = flags.DEFINE_integer(
@@ -133,6 +137,7 @@ def _engine(
         slots=min(_SLOTS.value, len(jobs)),
         length=min(needed, model.config.context_length),
         speculation=_SPECULATION.value,
+        precision=_PRECISION.value,
         top_logprobs=sampling.logprobs or 0,
     )
     requests = [Request(job.prompt, sampling, job.id) for job in jobs]

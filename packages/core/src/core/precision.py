@@ -20,7 +20,7 @@ import numpy as np
 from flax import traverse_util
 
 from core import int8, workers
-from core.config import PRECISIONS
+from core.config import PRECISIONS, GPT2Config
 from core.errors import CheckpointError, ConfigError
 from core.models import Model, Params, build
 from core.quant import DynamicInt8, Int8, Transposed
@@ -74,7 +74,7 @@ def prepare(model: Model, params: Params, precision: str | None) -> Prepared:
     flat: dict[str, Any] = traverse_util.flatten_dict(params, sep=".")
     if any(isinstance(x, DynamicInt8 | Transposed) for x in flat.values()):
         raise ValueError("these parameters have a precision already; give those of the folder")
-    if getattr(model.config, "quantization", None) == "int8":
+    if isinstance(model.config, GPT2Config) and model.config.quantization == "int8":
         flat, model = _joined(flat), build(model.config.dense)
     words = model.config.tensors()
     if precision == "int8":
