@@ -16,9 +16,9 @@ from core.quant import MXFP4
 
 E, C, D, F = 7, 3, 32, 64
 SETTINGS: dict[str, Any] = {"alpha": 1.702, "limit": 0.5}
-FORMS = pytest.mark.parametrize("ragged", [False, True], ids=["tiles", "ragged"])
 
 
+@functools.cache
 def a_case(rows: int, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
     """Rows, router logits, choices, experts. Most rows want expert 5, nobody wants 2: several tiles, and none."""
     rng = np.random.default_rng(0)
@@ -43,15 +43,23 @@ def packed(experts: moe.Experts) -> tuple[moe.Experts, moe.Experts]:
 
     gate_up, down = random(E, F, 2, D // 32), random(E, D, F // 32)
     narrow = experts._replace(gate_up_EDF2=gate_up, down_EFD=down)
-    wide = experts._replace(
-        gate_up_EDF2=jnp.moveaxis(gate_up.decode(jnp.float32), -1, 1),
-        down_EFD=jnp.moveaxis(down.decode(jnp.float32), -1, 1),
-    )
+    decode = jax.jit(lambda kernel: jnp.moveaxis(kernel.decode(jnp.float32), -1, 1))
+    wide = experts._replace(gate_up_EDF2=decode(gate_up), down_EFD=decode(down))
     return narrow, wide
 
 
 def mixed(x_RD: jax.Array, logits_RE: jax.Array, experts: Any, **form: Any) -> jax.Array:
     return moe.mix(x_RD, *moe.route(logits_RE, C), experts, **SETTINGS, **form)
+
+
+def halves(
+    x_RD: jax.Array, logits_RE: jax.Array, experts: Any, *, ragged: bool = False
+) -> jax.Array:
+    """As two devices with half of the experts each."""
+    weights_RC, chosen_RC = moe.route(logits_RE, C)
+    form = functools.partial(moe._mix_of, tile=8, ragged=ragged, **SETTINGS)
+    low, high = (jax.tree.map(lambda x, i=i: jnp.split(x, [3])[i], experts) for i in (0, 1))
+    return form(x_RD, weights_RC, chosen_RC, low) + form(x_RD, weights_RC, chosen_RC - 3, high)
 
 
 def every_expert_meets_every_row(x_RD: jax.Array, logits_RE: jax.Array, experts: Any) -> jax.Array:
@@ -63,6 +71,7 @@ def every_expert_meets_every_row(x_RD: jax.Array, logits_RE: jax.Array, experts:
     return jnp.einsum("ERD,RE->RD", y_ERD + experts.down_bias_ED[:, None], weights_RE)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def value_and_gradients(form: Any, *arguments: Any) -> Any:
     """The rows, and the gradients of a sum that no two numbers of theirs enter alike."""
 
@@ -74,47 +83,44 @@ def value_and_gradients(form: Any, *arguments: Any) -> Any:
     return y_RD, gradients
 
 
+def in_both_forms(form: Any, more: Any = ()) -> pytest.MarkDecorator:
+    """The experts' products as tiles and ragged; each a function that all tests share, and so compile once."""
+    ragged = functools.partial(form, ragged=True)
+    forms = [form, pytest.param(ragged, marks=more)]
+    return pytest.mark.parametrize("form", forms, ids=["tiles", "ragged"])
+
+
 def assert_close(found: Any, expected: Any, atol: float = 2e-5) -> None:
     """Within `atol` of each array's largest number."""
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        largest = max(float(jnp.abs(b).max()), 1e-3)
+        a, b = np.asarray(a), np.asarray(b)
+        largest = max(float(np.abs(b).max()), 1e-3)
         np.testing.assert_allclose(a / largest, b / largest, atol=atol)
 
 
-@FORMS
+@in_both_forms(mixed)
 @pytest.mark.parametrize(
     "rows",
-    [pytest.param(1, marks=pytest.mark.slow), 5, pytest.param(40, marks=pytest.mark.slow), 300],
+    [*(pytest.param(few, marks=pytest.mark.slow) for few in (1, 5, 40)), 300],
 )
-def test_rows_and_all_gradients_are_those_of_every_expert_meeting_every_row(
-    rows: int, ragged: bool
-):
+def test_rows_and_all_gradients_are_those_of_every_expert_meeting_every_row(rows: int, form: Any):
     x_RD, logits_RE, chosen_RC, experts = a_case(rows)
     assert not (chosen_RC == 2).any()
-    form = functools.partial(mixed, ragged=ragged)
-    found = jax.jit(functools.partial(value_and_gradients, form))(x_RD, logits_RE, experts)
+    found = value_and_gradients(form, x_RD, logits_RE, experts)
     expected = value_and_gradients(every_expert_meets_every_row, x_RD, logits_RE, experts)
     assert_close(found, expected)
     assert not found[1][2].gate_up_EDF2[2].any()
 
 
-@FORMS
-def test_experts_in_two_halves_give_two_sums(ragged: bool):
-    """As two devices with half of the experts each; a row of neither's experts gives nothing, and has no gradient."""
+@in_both_forms(halves, pytest.mark.slow)
+def test_experts_in_two_halves_give_two_sums(form: Any):
+    """A row of neither's experts gives nothing, and has no gradient."""
     x_RD, logits_RE, _, experts = a_case(40)
-
-    def halves(x_RD: jax.Array, logits_RE: jax.Array, experts: Any) -> jax.Array:
-        weights_RC, chosen_RC = moe.route(logits_RE, C)
-        form = functools.partial(moe._mix_of, tile=8, ragged=ragged, **SETTINGS)
-        low, high = (jax.tree.map(lambda x, i=i: jnp.split(x, [3])[i], experts) for i in (0, 1))
-        first_RD = form(x_RD, weights_RC, chosen_RC, low)
-        return first_RD + form(x_RD, weights_RC, chosen_RC - 3, high)
-
-    found = jax.jit(functools.partial(value_and_gradients, halves))(x_RD, logits_RE, experts)
+    found = value_and_gradients(form, x_RD, logits_RE, experts)
     assert_close(found, value_and_gradients(every_expert_meets_every_row, x_RD, logits_RE, experts))
 
 
-@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 40])
 def test_packed_experts_pass_the_gradient_on_to_rows_router_and_biases(rows: int):
     x_RD, logits_RE, _, experts = a_case(rows)
     narrow, wide = packed(experts)
@@ -124,31 +130,30 @@ def test_packed_experts_pass_the_gradient_on_to_rows_router_and_biases(rows: int
 
     biases = {f: getattr(experts, f) for f in ("gate_up_bias_EF2", "down_bias_ED")}
     found, expected = (
-        jax.jit(functools.partial(value_and_gradients, functools.partial(of, form, kernels)))(
-            x_RD, logits_RE, biases
-        )
+        value_and_gradients(functools.partial(of, form, kernels), x_RD, logits_RE, biases)
         for form, kernels in ((mixed, narrow), (every_expert_meets_every_row, wide))
     )
     assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_a_step_that_computes_it_again_and_scans_has_the_same_gradients():
     x_RD, logits_RE, _, experts = a_case(40)
 
     def twice(form: Any, x_RD: jax.Array, logits_RE: jax.Array, experts: Any) -> jax.Array:
         return jax.lax.scan(lambda x, _: (x + form(x, logits_RE, experts), None), x_RD, length=2)[0]
 
-    plain = jax.jit(functools.partial(value_and_gradients, functools.partial(twice, mixed)))
-    again = functools.partial(twice, jax.checkpoint(mixed))
-    found = jax.jit(functools.partial(value_and_gradients, again))(x_RD, logits_RE, experts)
-    expected = plain(x_RD, logits_RE, experts)
+    found, expected = (
+        value_and_gradients(functools.partial(twice, form), x_RD, logits_RE, experts)
+        for form in (jax.checkpoint(mixed), mixed)
+    )
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_a_row_that_is_no_number_spoils_no_other_row():
     x_RD, logits_RE, _, experts = a_case(40)
     broken_RD = x_RD.at[11].set(jnp.nan)
-    both = jax.jit(functools.partial(value_and_gradients, mixed))
+    both = functools.partial(value_and_gradients, mixed)
     found_RD, gradients = both(broken_RD, logits_RE, experts)
     others = np.arange(40) != 11
     np.testing.assert_array_equal(found_RD[others], both(x_RD, logits_RE, experts)[0][others])
@@ -161,18 +166,18 @@ def test_a_row_that_is_no_number_spoils_no_other_row():
 def test_a_row_s_numbers_do_not_depend_on_where_the_others_go():
     x_RD, logits_RE, _, experts = a_case(40)
     moved_RE = jnp.roll(logits_RE.at[1:].multiply(-1), 1, axis=-1).at[0].set(logits_RE[0])
-    found, expected = (jax.jit(mixed)(x_RD, x, experts) for x in (moved_RE, logits_RE))
+    mix = jax.jit(mixed)
+    found, expected = (mix(x_RD, x, experts) for x in (moved_RE, logits_RE))
     np.testing.assert_array_equal(found[0], expected[0])
 
 
-@FORMS
-def test_bfloat16_gradients_are_near_those_of_float32(ragged: bool):
+@in_both_forms(mixed, pytest.mark.slow)
+def test_bfloat16_gradients_are_near_those_of_float32(form: Any):
     narrow = a_case(40, jnp.bfloat16)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
-    form = functools.partial(mixed, ragged=ragged)
-    both = jax.jit(functools.partial(value_and_gradients, form))
     found, expected = (
-        both(x_RD, logits_RE, experts) for x_RD, logits_RE, _, experts in (narrow, wide)
+        value_and_gradients(form, x_RD, logits_RE, experts)
+        for x_RD, logits_RE, _, experts in (narrow, wide)
     )
     assert found[1][2].down_EFD.dtype == jnp.bfloat16
     as_float32 = jax.tree.map(lambda x: x.astype(jnp.float32), found)
@@ -187,11 +192,12 @@ def test_load_balance_is_the_paper_s_over_all_layers_together():
     for row in logits:
         share[np.argsort(row)[-C:]] += 1 / len(logits)
         mean += np.exp(row) / np.exp(row).sum() / len(logits)
-    found = moe.load_balance([jnp.asarray(x) for x in routers], C)
+    load_balance = jax.jit(moe.load_balance, static_argnums=1)
+    found = load_balance([jnp.asarray(x) for x in routers], C)
     np.testing.assert_allclose(found, E * (share * mean).sum(), rtol=1e-6)
-    apart = np.mean([moe.load_balance([jnp.asarray(x)], C) for x in routers])
+    apart = np.mean([load_balance([jnp.asarray(x)], C) for x in routers])
     assert abs(apart - found) > 1e-3
-    assert moe.load_balance([jnp.zeros((5, E))], E) == pytest.approx(E)
+    assert load_balance([jnp.zeros((5, E))], E) == pytest.approx(E)
 
 
 @pytest.mark.parity
@@ -244,12 +250,8 @@ def test_the_loss_of_a_model_without_experts_is_its_cross_entropy_and_nothing_mo
     ids = tiny.tokens(model.config, 2, 3, 11)
     batch = core.Batch(*ids)
 
-    def plain(params: Any, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        return losses.cross_entropy(model.apply(params, inputs_BT), targets_BT)
-
-    def ours(params: Any, *batch: jax.Array) -> jax.Array:
-        return core.loss(params, model, core.Batch(*batch))
-
-    found, expected = (str(jax.make_jaxpr(f)(params, *batch)) for f in (ours, plain))
-    assert found == expected
-    assert losses.terms(params, model, batch).load_balance is None
+    logits_BTV = jax.jit(model.apply)(params, batch.inputs_BT)
+    found = jax.jit(core.loss, static_argnums=1)(params, model, batch)
+    np.testing.assert_allclose(found, losses.cross_entropy(logits_BTV, batch.targets_BT), rtol=1e-6)
+    terms = jax.eval_shape(lambda params: losses.terms(params, model, batch), params)
+    assert terms.load_balance is None
