@@ -3,21 +3,18 @@
 Weights go over by name, not through `convert`, so that a mistake there cannot hide one here.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
 
 import core
 import tiny
-from core import sampling as sampling_lib
 from core.config import Config, GPT2Config
 from core.engine import Completion, Engine, Request
-from core.sampling import Sampling, Settings
+from core.sampling import Sampling
 
 pytestmark = pytest.mark.parity
 
@@ -193,91 +190,6 @@ def test_greedy_tokens_with_a_repetition_penalty_are_those_of_transformers_gener
         eos_token_id=None,
     )
     assert list(result.tokens) == out[0, 11:].tolist()
-
-
-V = 1009
-
-
-def peaked(rng: np.random.Generator) -> np.ndarray:
-    return rng.normal(0, 4, (7, V))
-
-
-def flat(rng: np.random.Generator) -> np.ndarray:
-    return rng.normal(0, 0.3, (7, V))
-
-
-def tied(rng: np.random.Generator) -> np.ndarray:
-    return np.round(rng.normal(0, 2, (7, V)))
-
-
-@pytest.mark.parametrize("logits", [peaked, flat, tied], ids=lambda f: f.__name__)
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        Sampling(repetition_penalty=1.8),
-        Sampling(repetition_penalty=0.7),
-        Sampling(temperature=0.6),
-        Sampling(top_k=13),
-        Sampling(top_k=5000),
-        Sampling(top_p=0.9),
-        Sampling(top_p=0.01),
-        Sampling(top_p=1e-9),
-        Sampling(min_p=0.1),
-        Sampling(temperature=1.7, top_k=50, top_p=0.85, min_p=0.02, repetition_penalty=1.2),
-        Sampling(temperature=0.3, top_k=400, top_p=0.99, min_p=0.3, repetition_penalty=3.0),
-    ],
-    ids=str,
-)
-def test_processed_logits_are_those_of_transformers_in_its_order(
-    torch, transformers, sampling, logits: Callable[[np.random.Generator], np.ndarray]
-):
-    rng = np.random.default_rng(0)
-    logits_BV = logits(rng).astype(np.float32)
-    ids_BT = rng.integers(0, V, (7, 19))
-    seen_BV = np.zeros((7, V), bool)
-    np.put_along_axis(seen_BV, ids_BT, True, axis=1)
-
-    expected_BV = torch.from_numpy(logits_BV.copy())
-    for processor in processors(transformers, sampling):
-        expected_BV = processor(torch.from_numpy(ids_BT), expected_BV)
-    expected_BV = expected_BV.numpy()
-
-    settings = Settings.of([sampling] * 7)
-    found_BV = sampling_lib.penalise_repetition(
-        jnp.asarray(logits_BV), jnp.asarray(seen_BV), settings.repetition_penalty_B
-    )
-    found_BV = np.asarray(sampling_lib.warp(found_BV, settings))
-    if logits is tied and sampling.top_p < 1:
-        # Which of the equals at the edge of the nucleus stay is up to torch's sort, which is not stable.
-        found_BV, expected_BV = np.sort(found_BV), np.sort(expected_BV)
-    np.testing.assert_array_equal(np.isfinite(found_BV), np.isfinite(expected_BV))
-    np.testing.assert_allclose(found_BV, expected_BV, rtol=1e-6)
-
-
-def processors(transformers: Any, sampling: Sampling) -> list[Any]:
-    """Those that `generate` would chain for these settings, chosen and ordered by transformers itself."""
-    settings = transformers.GenerationConfig(
-        do_sample=True,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p or None,
-        repetition_penalty=sampling.repetition_penalty,
-    )
-    config = transformers.GPT2Config(
-        vocab_size=V, n_embd=4, n_head=1, n_layer=1, bos_token_id=1, eos_token_id=1
-    )
-    model = transformers.GPT2LMHeadModel(config)
-    chosen = model._get_logits_processor(generation_config=settings, input_ids_seq_length=19)
-    wanted = [
-        sampling.repetition_penalty != 1,
-        sampling.temperature != 1,
-        sampling.top_k > 0,
-        sampling.top_p < 1,
-        sampling.min_p > 0,
-    ]
-    assert len(chosen) == sum(wanted)
-    return list(chosen)
 
 
 def test_a_configuration_that_transformers_wrote_is_understood_whole(transformers):

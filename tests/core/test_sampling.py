@@ -1,6 +1,6 @@
 import dataclasses
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,20 @@ import pytest
 import reference
 from core import sampling as sampling_lib
 from core.sampling import Sampling, SamplingError, Settings
-
-V = 97
-STOPS = (5, 96)
+from sampling_rows import (
+    DRAWN,
+    EVERYTHING,
+    STOPS,
+    Rows,
+    V,
+    biases,
+    chi_square,
+    draw_many,
+    name,
+    probabilities,
+    run,
+    some_counts,
+)
 
 SETTINGS = [
     Sampling(),
@@ -39,91 +50,10 @@ SETTINGS = [
     Sampling(min_new_tokens=9),
     Sampling(temperature=0),
 ]
-EVERYTHING = Sampling(
-    temperature=0.8,
-    top_k=24,
-    top_p=0.9,
-    min_p=0.04,
-    repetition_penalty=1.9,
-    presence_penalty=1.1,
-    frequency_penalty=0.6,
-    logit_bias={i: (-1) ** i * i / 16 for i in range(0, V, 3)},
-    bad_ids=(2, 7, 33),
-    allowed_ids=(*range(2, V, 2), 5, 7, 9, 11, 33, 35),
-    min_new_tokens=9,
-)
-
-
-def name(sampling: Sampling) -> str:
-    """What is not a default."""
-    if sampling is EVERYTHING:
-        return "everything"
-    fields = (f for f in dataclasses.fields(sampling) if getattr(sampling, f.name) != f.default)
-    return ",".join(f"{f.name}={getattr(sampling, f.name)}"[:40] for f in fields) or "plain"
 
 
 def some_logits(rows: int, seed: int = 0, size: int = V) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 3, (rows, size)).astype(np.float32)
-
-
-def some_counts(rows: int, size: int = V) -> np.ndarray:
-    """A fifth of the tokens in the prompt, and a fifth produced, up to three times."""
-    rng = np.random.default_rng(9)
-    produced = np.where(rng.random((rows, size)) < 0.2, rng.integers(1, 4, (rows, size)), 0)
-    return (2 * produced + (rng.random((rows, size)) < 0.2)).astype(np.int32)
-
-
-def biases(rows: list[Sampling], size: int = V) -> np.ndarray:
-    none = np.zeros(size, np.float32)
-    found = [sampling_lib.bias_row(row, size) for row in rows]
-    return np.stack([none if row is None else row for row in found])
-
-
-class Rows:
-    """What `sample` takes beside logits and keys, for rows that have produced three tokens."""
-
-    def __init__(self, rows: list[Sampling], size: int = V):
-        self.settings = Settings.of(rows)
-        self.counts_BV, self.bias_BV = some_counts(len(rows), size), biases(rows, size)
-        self.produced_B = np.full(len(rows), 3, np.int32)
-
-    def run(self, logits_BV: np.ndarray, seed: int = 0) -> "Out":
-        """In 40 rows, so that one compilation serves all tests."""
-        count = len(logits_BV)
-        keys_B = jax.random.split(jax.random.key(seed), 40)
-        columns = logits_BV, self.settings, self.counts_BV, self.bias_BV, self.produced_B
-        columns = jax.tree.map(lambda x: np.resize(x, (40, *x.shape[1:])), columns)
-        return jax.tree.map(lambda x: np.asarray(x)[:count], run(columns[0], keys_B, *columns[1:]))
-
-    def sample(self, logits_BV: np.ndarray, seed: int = 0) -> np.ndarray:
-        return self.run(logits_BV, seed).tokens_B
-
-
-class Out(NamedTuple):
-    adjusted_BV: Any
-    weights_BV: Any
-    nucleus_B: Any
-    tokens_B: Any
-
-
-@jax.jit
-def run(logits_BV, keys_B, settings, counts_BV, bias_BV, produced_B) -> Out:
-    arguments = counts_BV, bias_BV, produced_B, STOPS
-    adjusted_BV = sampling_lib.adjust(logits_BV, settings, *arguments)
-    weights_BCW, _, nucleus_B = sampling_lib.weigh(sampling_lib.chunks(adjusted_BV), settings)
-    weights_BV = weights_BCW.reshape(len(logits_BV), -1)
-    tokens_B = sampling_lib.sample(logits_BV, keys_B, settings, *arguments)
-    return Out(adjusted_BV, weights_BV, nucleus_B, tokens_B)
-
-
-def probabilities(rows: Rows, logits_BV: np.ndarray) -> np.ndarray:
-    """What `sample` draws from, in float64: the weights, cut at the nucleus as the docstring of `weigh` says."""
-    kept_BV = np.zeros(logits_BV.shape)
-    for kept_V, x_V, weights_V, nucleus, _ in zip(kept_BV, *rows.run(logits_BV), strict=True):
-        order = np.argsort(x_V, kind="stable")[::-1]  # the last of equals first, as HF has them
-        weights = weights_V[order].astype(np.int64)
-        kept_V[order] = np.where(np.cumsum(weights) - weights < nucleus, weights, 0)
-    return kept_BV / kept_BV.sum(-1, keepdims=True)
 
 
 def in_numpy(logits_V: np.ndarray, counts_V: np.ndarray, s: Sampling, produced: int = 3):
@@ -241,11 +171,12 @@ def test_ties_are_kept_as_hf_keeps_them(sampling, kept, top):
 
 @pytest.mark.parametrize("top_p", [0.25, 0.5, 0.75])
 def test_a_nucleus_that_ends_at_a_token_holds_no_further_one(top_p):
-    logits_BV = np.full((1, V), -np.inf, np.float32)
+    logits_BV = np.full((40, V), -np.inf, np.float32)
     logits_BV[:, 10:14] = 1
-    rows = Rows([Sampling(top_p=top_p)])
+    rows = Rows([Sampling(top_p=top_p)] * 40)
     rows.counts_BV[:] = 0
-    assert (probabilities(rows, logits_BV) > 0).sum() == 4 * top_p
+    assert (probabilities(rows, logits_BV) > 0).sum() == 40 * 4 * top_p
+    assert len(set(rows.sample(logits_BV).tolist())) == 4 * top_p
 
 
 @pytest.mark.parametrize("scale", [1e-37, 1e-20, 1e-5, 1.0, 1e4, 1e36])
@@ -299,24 +230,6 @@ def test_a_seen_token_counts_once_for_presence_and_each_time_for_frequency_and_n
     assert (-adjusted_BV[0, :7]).tolist() == [0, 0, 1.25, 1.25, 2, 2, 0]
 
 
-DRAWN = [
-    Sampling(),
-    Sampling(temperature=0.6),
-    Sampling(top_k=12),
-    Sampling(top_p=0.8),
-    Sampling(top_p=0.3),
-    Sampling(min_p=0.1),
-    Sampling(repetition_penalty=1.7),
-    Sampling(presence_penalty=1.5),
-    Sampling(frequency_penalty=0.9),
-    Sampling(logit_bias={3: 2.0, 11: -2.5, 90: 1.0}),
-    Sampling(bad_ids=tuple(range(0, V, 3))),
-    Sampling(allowed_ids=tuple(range(0, V, 4))),
-    Sampling(min_new_tokens=9),
-    EVERYTHING,
-]
-
-
 @pytest.mark.parametrize("sampling", DRAWN, ids=name)
 def test_draws_follow_the_processed_distribution(sampling):
     """Chi-square over 20,000 draws with a fixed seed; a right sampler fails one seed in 1,000."""
@@ -326,33 +239,6 @@ def test_draws_follow_the_processed_distribution(sampling):
         jax.random.key(2), logits_V, counts_V, biases([sampling])[0], Settings.of([sampling])
     )
     assert chi_square(np.bincount(tokens_B, minlength=V), p_V) < 0
-
-
-@jax.jit
-def draw_many(key, logits_V, counts_V, bias_V, settings):
-    draws = 20_000
-    many = jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (draws, *x.shape)), (logits_V, counts_V, bias_V)
-    )
-    settings = Settings(*(jnp.broadcast_to(x, (draws,)) for x in settings))
-    logits_BV, counts_BV, bias_BV = many
-    keys_B, produced_B = jax.random.split(key, draws), jnp.full(draws, 3)
-    return sampling_lib.sample(logits_BV, keys_B, settings, counts_BV, bias_BV, produced_B, STOPS)
-
-
-def chi_square(counts_V: np.ndarray, p_V: np.ndarray) -> float:
-    """By how much the statistic exceeds its 99.9th percentile."""
-    assert (counts_V[p_V == 0] == 0).all()
-    draws = counts_V.sum()
-    likely = p_V * draws >= 5  # below, the chi-square approximation does not hold
-    observed = np.append(counts_V[likely], counts_V[~likely].sum())
-    expected = np.append(p_V[likely], p_V[~likely].sum()) * draws
-    observed, expected = observed[expected > 0], expected[expected > 0]
-    freedom = len(observed) - 1
-    assert freedom >= 5
-    # Wilson & Hilferty's cube root: the 99.9th percentile is 3.09 standard deviations out.
-    limit = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
-    return ((observed - expected) ** 2 / expected).sum() - limit
 
 
 @pytest.mark.parametrize("words", [0, 1, 2**16 - 1, 2**16, 2**31 + 12345, 2**32 - 1])
