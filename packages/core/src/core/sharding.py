@@ -115,6 +115,17 @@ def cut_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH))
 
 
+def whole_rows(table: jax.Array) -> jax.Array:
+    """Returns `table` with each row whole on its device, where a mesh is set: what rows are taken from for a batch.
+
+    Parts of rows of a batch that is cut would have to be brought to other devices each.
+    """
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return table
+    spec = PartitionSpec(PartitionSpec.UNCONSTRAINED, None)
+    return jax.lax.with_sharding_constraint(table, spec)
+
+
 def mesh_of(params: Any) -> Mesh | None:
     """Returns the mesh of several devices on which parameters lie; None if they are on one."""
     for x in jax.tree.leaves(params):

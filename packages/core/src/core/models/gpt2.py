@@ -14,7 +14,18 @@ from core.attention import attend_next
 from core.config import GPT2Config
 from core.kv_cache import KVCache
 from core.layers import ACTIVATIONS, dropout, layer_norm, unembed
-from core.models.modules import PLAIN, Compute, Linear, Table, last, remat, residual, rows, stream
+from core.models.modules import (
+    PLAIN,
+    Compute,
+    Linear,
+    Table,
+    last,
+    looked_up,
+    remat,
+    residual,
+    rows,
+    stream,
+)
 
 
 class GPT2(nn.Module):
@@ -41,8 +52,8 @@ class GPT2(nn.Module):
         wpe_PD = Table("embedding", (config.n_positions, config.n_embd), normal, name="wpe")()
         embed_key, blocks_key = _split(dropout_key, 2)
 
-        x_BTD = rows(wte_VD, tokens_BT).astype(self.dtype)
-        x_BTD = x_BTD + rows(wpe_PD, positions_BT).astype(self.dtype)
+        x_BTD = rows(looked_up(wte_VD, cache), tokens_BT).astype(self.dtype)
+        x_BTD = x_BTD + rows(looked_up(wpe_PD, cache), positions_BT).astype(self.dtype)
         x_BTD = dropout(x_BTD, config.embd_pdrop, embed_key)
         x_BTD = stream(x_BTD, cache)
         x_BTD, cache = Blocks(config, self.compute, name="blocks")(

@@ -17,7 +17,18 @@ from core.attention import attend_next
 from core.config import GptOssConfig
 from core.kv_cache import KVCache
 from core.layers import rms_norm, unembed
-from core.models.modules import PLAIN, Compute, Linear, Table, last, remat, residual, rows, stream
+from core.models.modules import (
+    PLAIN,
+    Compute,
+    Linear,
+    Table,
+    last,
+    looked_up,
+    remat,
+    residual,
+    rows,
+    stream,
+)
 from core.quant import MXFP4
 
 
@@ -43,7 +54,7 @@ class GptOss(nn.Module):
         normal = nn.initializers.normal(config.initializer_range)
         size = (config.vocab_size, config.hidden_size)
         wte_VD = Table("embedding", size, normal, name="wte")()
-        x_BTD = rows(wte_VD, tokens_BT).astype(self.dtype)
+        x_BTD = rows(looked_up(wte_VD, cache), tokens_BT).astype(self.dtype)
         x_BTD = stream(x_BTD, cache)
         x_BTD, cache = Blocks(config, self.compute, name="blocks")(
             x_BTD, positions_BT, cache, lengths_B, dropout_key

@@ -49,6 +49,13 @@ def residual(y_BTD: jax.Array) -> jax.Array:
     return checkpoint_name(y_BTD, "residual")
 
 
+def looked_up(table: Any, cache: Any) -> Any:
+    """Returns the table as rows of it are taken: whole on each device but in a decoder, which takes few."""
+    if cache is not None or not isinstance(table, jax.Array):
+        return table
+    return sharding.whole_rows(table)
+
+
 def stream(x_BTD: jax.Array, cache: Any) -> jax.Array:
     """Returns the residual stream, which on several devices is cut along the batch; a decoder's stays where it is."""
     return x_BTD if cache is not None else sharding.cut_batch(x_BTD)
@@ -107,11 +114,12 @@ def rows(table: jax.Array | DynamicInt8, ids_BT: jax.Array) -> jax.Array:
         values, ids_BT = jax.lax.optimization_barrier((table.values_OI, ids_BT))
         scales = rows(table.scales_O[:, None], ids_BT)  # in which an id that it has not shows
         return values.at[ids_BT].get(mode="clip").astype(jnp.float32) * scales
-    if table.dtype.itemsize < 4:
+    matrix: jax.Array = table
+    if matrix.dtype.itemsize < 4:
         # Else XLA makes a float32 copy of the whole table before a loop in which rows are taken from it.
-        table, ids_BT = jax.lax.optimization_barrier((table, ids_BT))
-    ids_BT = jnp.where(ids_BT < 0, table.shape[0], ids_BT)  # negative ids would count from the end
-    return table.at[ids_BT].get(mode="fill", fill_value=jnp.nan)
+        matrix, ids_BT = jax.lax.optimization_barrier((matrix, ids_BT))
+    ids_BT = jnp.where(ids_BT < 0, matrix.shape[0], ids_BT)  # negative ids would count from the end
+    return matrix.at[ids_BT].get(mode="fill", fill_value=jnp.nan)
 
 
 def last(x_BTD: jax.Array, lengths_B: jax.Array | None) -> jax.Array:
