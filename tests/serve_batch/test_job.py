@@ -391,6 +391,18 @@ def test_weights_and_tokenizer_are_part_of_the_fingerprint(model, tmp_path):
     assert {k for k in before if before[k] != after[k]} == {"revision", "tokenizer"}
 
 
+def test_a_precision_is_the_engine_s_and_the_job_s(run, model, write_jsonl, read_parts, tmp_path):
+    rows = prompts(9)
+    write_jsonl([row | {"id": i} for i, row in enumerate(rows)])
+    assert run(precision="int8")["fingerprint"]["precision"] == "int8"
+    engine = core.Engine(*core.load(model), slots=4, precision="int8")
+    requests = [core.Request(row["prompt"], SAMPLED, id=str(i)) for i, row in enumerate(rows)]
+    expected = [list(completion.tokens) for completion in engine.complete(requests)]
+    assert [record["token_ids"] for record in read_parts(tmp_path / "out")] == expected
+    with pytest.raises(serve_batch.JobError, match="precision was 'int8', is 'bfloat16'"):
+        run(precision="bfloat16")
+
+
 def test_a_part_that_was_changed_is_found_and_done_again(run, write_jsonl, join_parts, tmp_path):
     write_jsonl(prompts(40))
     run()
@@ -461,6 +473,7 @@ def test_a_worker_with_another_core_or_another_model_refuses(model):
         ({"input": []}, "give --input=GLOB and --output=DIR"),
         ({"output": ""}, "give --input=GLOB and --output=DIR"),
         ({"slots": 0}, "slots is 0"),
+        ({"precision": "fp8"}, "'fp8' is not one of float32, bfloat16, int8"),
         ({"shard_size": 0}, "shard_size is 0"),
         ({"workers": -1}, "workers is -1"),
         ({"workers": 2}, "one process is what is supported yet"),

@@ -10,6 +10,7 @@ import sys
 from absl import flags, logging
 
 from core import door, sampling_flags
+from core.config import PRECISIONS
 
 _MODEL = flags.DEFINE_string("model", None, "Model folder.", required=True)
 _INPUT = flags.DEFINE_multi_string(
@@ -21,6 +22,9 @@ _OUTPUT = flags.DEFINE_string("output", None, "Folder for the parts.", required=
 flags.adopt_module_key_flags(sampling_flags)
 
 _SLOTS = flags.DEFINE_integer("slots", 16, "Rows that decode together.")
+_PRECISION = flags.DEFINE_enum(
+    "precision", None, PRECISIONS, "What to compute in; by default what the model is stored in."
+)
 _SHARD_SIZE = flags.DEFINE_integer("shard_size", 1024, "Rows in a part, and lost by a crash.")
 _WORKERS = flags.DEFINE_integer("workers", 1, "Processes; more than 1 is not supported yet.")
 _RUNNER = flags.DEFINE_string("runner", "local", "Beam runner; only local is supported yet.")
@@ -41,6 +45,7 @@ def main(beam_options: list[str]) -> None:
             output=_OUTPUT.value,
             sampling=sampling_flags.sampling(),
             slots=_SLOTS.value,
+            precision=_PRECISION.value,
             shard_size=_SHARD_SIZE.value,
             workers=_WORKERS.value,
             runner=_RUNNER.value,

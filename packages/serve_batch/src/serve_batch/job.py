@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tqdm
 
+from core.config import PRECISIONS
 from serve_batch import output as output_lib
 from serve_batch import plan as plan_lib
 from serve_batch import records
@@ -47,6 +48,7 @@ def run(
     output: str | Path,
     sampling: "Sampling | None" = None,
     slots: int = 16,
+    precision: str | None = None,
     shard_size: int = 1024,
     workers: int = 1,
     runner: str = "local",
@@ -67,6 +69,7 @@ def run(
       output: the folder for the parts; new, or of the same job.
       sampling: the defaults for rows that do not say otherwise.
       slots: rows that decode together.
+      precision: one of `core.config.PRECISIONS`; by default what the model is stored in.
       shard_size: rows a part; an output folder that has a plan keeps its own.
       workers: processes; more than 1 is refused.
       runner: "local"; others are refused.
@@ -90,6 +93,7 @@ def run(
         output,
         sampling,
         slots=slots,
+        precision=precision,
         shard_size=shard_size,
         workers=workers,
         runner=runner,
@@ -98,7 +102,9 @@ def run(
     )
     folder = OutputFolder(plan_lib.absolute_path(output))
     root, inputs = plan_lib.find_inputs(patterns, output=folder.path)
-    fingerprint = plan_lib.fingerprint(plan_lib.absolute_path(model), sampling, slots=slots)
+    fingerprint = plan_lib.fingerprint(
+        plan_lib.absolute_path(model), sampling, slots=slots, precision=precision
+    )
     if dry_run:
         plan = plan_lib.make(root, inputs, shard_size=shard_size, fingerprint=fingerprint)
         return _inspect(plan, sampling)
@@ -114,6 +120,7 @@ def run(
                 output=folder,
                 sampling=sampling,
                 slots=slots,
+                precision=precision,
                 reports_progress=sys.stderr.isatty(),
             )
             with _progress(folder, plan.rows, done=plan.rows - sum(s.rows for s in left)):
@@ -136,6 +143,7 @@ def _check(
     sampling: "Sampling",
     *,
     slots: int,
+    precision: str | None,
     shard_size: int,
     workers: int,
     runner: str,
@@ -148,6 +156,8 @@ def _check(
     for name, value in {"slots": slots, "shard_size": shard_size, "workers": workers}.items():
         if value < 1:
             raise UsageError(f"{name} is {value}; expected 1 or more")
+    if precision is not None and precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
     if workers > 1:
         raise UsageError(
             f"workers is {workers}; one process is what is supported yet, and it uses every core: Beam's local "

@@ -263,7 +263,9 @@ def _line_ends(path: Path, size: int) -> Iterator[np.ndarray]:
         yield np.array([offset])
 
 
-def fingerprint(model: Path, sampling: "Sampling", *, slots: int) -> dict[str, Scalar]:
+def fingerprint(
+    model: Path, sampling: "Sampling", *, slots: int, precision: str | None = None
+) -> dict[str, Scalar]:
     """Returns everything that changes what a row becomes, as names and values that can be told to a person."""
     return {
         "schema_version": records.SCHEMA_VERSION,
@@ -275,6 +277,7 @@ def fingerprint(model: Path, sampling: "Sampling", *, slots: int) -> dict[str, S
         "generation_config": _digest(path for path in [model / GENERATION_CONFIG] if path.exists()),
         **{name: _scalar(value) for name, value in dataclasses.asdict(sampling).items()},
         "slots": slots,
+        "precision": precision,
         **{name: code_version(name) for name in ("core", "serve_batch")},
         **{
             name: importlib.metadata.version(name)
