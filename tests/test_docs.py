@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import core
+import tiny
 from core import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +54,7 @@ def template(tmp_path_factory):
     config = core.GPT2Config(
         vocab_size=257, n_positions=128, n_embd=24, n_layer=2, n_head=3, eos_token_id=256
     )
-    params = core.build(config).init(jax.random.key(0))
+    params = tiny.params(core.build(config), amplify=1)
     checkpoint.save(folder / "models" / "gpt2", config, params, tokenizer=core.Tokenizer.utf8())
     (folder / "prompts").mkdir()
     (folder / "prompts" / "a.jsonl").write_text('{"prompt": "The flax mill"}\n')

@@ -45,7 +45,7 @@ def run(speaker, tmp_path, read_parts):
             input=tmp_path / "input" / "*",
             output=output,
             sampling=GREEDY,
-            slots=2,
+            slots=4,
         )
         return read_parts(output)
 
