@@ -1,6 +1,9 @@
 """A model in another precision: what is rounded, by how much, what is copied, and that rows stay apart."""
 
 import functools
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,11 @@ import reference
 import tiny
 import tiny_gpt_oss
 from core import checkpoint, models, precision
+from core.attention import attend_cache
 from core.config import ConfigError
 from core.engine import Completion, Engine, Request
 from core.errors import CheckpointError
+from core.kv_cache import Layer
 from core.layers import linear, unembed
 from core.models.modules import rows
 from core.precision import prepare
@@ -101,6 +106,29 @@ def test_a_table_in_int8_gives_its_rows_and_nan_for_an_id_that_it_has_not():
     assert found[:2].tolist() == [[6, 254], [0.5, -1]]
     assert np.isnan(found[2:]).all()
     assert unembed(jnp.ones((1, 3, 2)), table).shape == (1, 3, 2)
+
+
+def test_a_narrow_cache_is_read_without_a_wide_copy():
+    """XLA would make one before the loop over its blocks, which takes longer than all the rest."""
+    shape = (3, 2, 2048, 16)
+    layer = Layer(jnp.zeros(shape, jnp.bfloat16), jnp.zeros(shape, jnp.bfloat16))
+    q_BTNH, positions_BT = jnp.zeros((3, 1, 4, 16), jnp.bfloat16), jnp.zeros((3, 1), jnp.int32)
+    attend = jax.jit(functools.partial(attend_cache, scale=1.0))
+    compiled = attend.lower(q_BTNH, layer, positions_BT=positions_BT).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < layer.k_RKSH.nbytes / 2
+
+
+def test_a_table_in_int8_is_read_in_a_loop_without_a_wide_copy():
+    table = DynamicInt8(jnp.zeros((5000, 64), jnp.int8), jnp.zeros(5000))
+
+    @jax.jit
+    def walk(table: DynamicInt8) -> jax.Array:
+        return jax.lax.fori_loop(
+            0, 9, lambda i, sum: sum + rows(table, i[None, None])[0, 0], jnp.zeros(64)
+        )
+
+    temporaries = walk.lower(table).compile().memory_analysis().temp_size_in_bytes
+    assert temporaries < table.values_OI.nbytes
 
 
 # ---- parameters
@@ -288,3 +316,18 @@ def test_an_engine_s_log_probabilities_are_near_the_float32_model_s(narrow: Engi
 
 def test_a_cache_is_as_narrow_as_the_precision_says(narrow: Engine):
     assert narrow._statics.cache_dtype == jnp.bfloat16
+
+
+def test_generate_takes_a_precision(folder, tmp_path: Path):
+    flags = ["--prompt_tokens=5,6,7", "--json", "--temperature=0", "--max_new_tokens=5"]
+    command = [sys.executable, "-m", "core.generate", f"--model={folder.path}", *flags]
+    done = subprocess.run(
+        [*command, "--precision=int8"], capture_output=True, text=True, check=True
+    )
+    model = models.build(folder.config)
+    engine = Engine(model, folder.params(), slots=1, length=8, top_logprobs=0, precision="int8")
+    request = Request([5, 6, 7], Sampling(temperature=0, max_new_tokens=5))
+    assert json.loads(done.stdout)["tokens"] == list(complete(engine, [request])[0].tokens)
+    wrong = subprocess.run([*command, "--precision=fp8"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "should be one of <float32|bfloat16|int8>" in wrong.stderr

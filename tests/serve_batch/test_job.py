@@ -397,7 +397,8 @@ def test_a_precision_is_the_engine_s_and_the_job_s(run, model, write_jsonl, read
     assert run(precision="int8")["fingerprint"]["precision"] == "int8"
     engine = core.Engine(*core.load(model), slots=4, precision="int8")
     requests = [core.Request(row["prompt"], SAMPLED, id=str(i)) for i, row in enumerate(rows)]
-    expected = [list(completion.tokens) for completion in engine.complete(requests)]
+    completions = engine.complete(requests)
+    expected = [list(c.tokens) for c in completions if isinstance(c, core.Completion)]
     assert [record["token_ids"] for record in read_parts(tmp_path / "out")] == expected
     with pytest.raises(serve_batch.JobError, match="precision was 'int8', is 'bfloat16'"):
         run(precision="bfloat16")

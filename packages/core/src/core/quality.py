@@ -75,7 +75,9 @@ def main() -> None:
     import tqdm
 
     import core
+    from core import compiled
 
+    compiled.keep()
     model, params, tokenizer = core.load(_MODEL.value)
     if tokenizer is None:
         raise QualityError(f"{_MODEL.value} has no tokenizer to read a text with")
@@ -206,11 +208,9 @@ def _compare() -> Any:
             jnp.exp(rounded_TV) + jnp.exp(exact_TV) * (more_TV - 1),
         )
         kl_T = terms_TV.sum(-1)
-        same_T = exact_TV.argmax(-1) == rounded_TV.argmax(-1)
+        same_T = (exact_TV.argmax(-1) == rounded_TV.argmax(-1)).astype(jnp.float32)
         sums = [jnp.where(counted_T, x, 0).sum() for x in (surprise_T, kl_T, same_T)]
-        return jnp.stack(
-            [*(x.astype(jnp.float32) for x in sums), jnp.where(counted_T, kl_T, 0).max()]
-        )
+        return jnp.stack([*sums, jnp.where(counted_T, kl_T, 0).max()])
 
     return compare
 
