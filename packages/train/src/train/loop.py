@@ -38,7 +38,7 @@ from train import (
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.data import Dataset
-from train.devices import Devices, join, open_devices
+from train.devices import Devices, any_process, is_first_process, join, open_devices, wait_for_all
 from train.evaluate import Evaluate, evaluator
 from train.metrics import MetricsLog, Throughput
 from train.origin import Origin, TrainError, begin
@@ -132,7 +132,11 @@ def run(config: TrainConfig, *, progress: bool = True) -> Result:
             log=log,
             trackers=trackers,
             terminal=stack.enter_context(
-                Terminal(first=origin.iteration, total=config.max_iters + 1, shown=progress)
+                Terminal(
+                    first=origin.iteration,
+                    total=config.max_iters + 1,
+                    shown=progress and is_first_process(),
+                )
             ),
             throughput=_throughput(config, origin, devices),
         )
@@ -199,8 +203,8 @@ class _Trainer:
         first, last = self.origin.iteration, self.config.max_iters
         with _stop_signals() as stops, self.profiler:
             for iteration in range(first, last + 1):
-                if stops:
-                    return self.end(iteration, stopped_by=stops[0])
+                if self.is_told_to_stop(stops, iteration):
+                    return self.end(iteration, stopped_by=stops[0] if stops else signal.SIGTERM)
                 if iteration % self.config.eval_interval == 0 or iteration == last:
                     self.look(iteration)
                 elif self.config.ckpt_interval and iteration % self.config.ckpt_interval == 0:
@@ -209,6 +213,12 @@ class _Trainer:
                 self.profiler.before(iteration, wait=self.read_pending)
                 self.advance(iteration)
             return self.end(max(first, last + 1))
+
+    def is_told_to_stop(self, stops: list[signal.Signals], iteration: int) -> bool:
+        """Several processes agree at every log_interval, for they stop at the same iteration or wait for ever."""
+        if jax.process_count() == 1:
+            return bool(stops)
+        return iteration % self.config.log_interval == 0 and any_process(bool(stops))
 
     def advance(self, iteration: int) -> None:
         """Starts update number `iteration`, then reads the one before: the device never waits for the host."""
@@ -304,10 +314,13 @@ class _Trainer:
 
     def save_model(self, row: metrics.Row) -> None:
         """Writes the model folder, before the checkpoint of the same iteration: what is resumed from has its model."""
+        weights = self.devices.gathered(self.weights)
+        if not is_first_process():
+            return
         model_folder.save(
             Path(self.config.out_dir) / "model",
             self.origin.model.config,
-            self.weights,
+            weights,
             tokenizer=self.dataset.tokenizer,
             source={"trained_on": str(self.dataset.path), **row},
             overwrite=True,
@@ -337,7 +350,8 @@ class _Trainer:
         if iteration > self.origin.iteration:
             self.save(iteration)
         out_dir = Path(self.config.out_dir)
-        metrics.plot(metrics.read_rows(self.log.path), out_dir / "loss.png")
+        if is_first_process():
+            metrics.plot(metrics.read_rows(self.log.path), out_dir / "loss.png")
         return Result(out_dir, iteration, self.losses, self.best_val_loss, stopped_by)
 
 
@@ -354,19 +368,30 @@ def _throughput(config: TrainConfig, origin: Origin, devices: Devices) -> Throug
 
 def _open_out_dir(config: TrainConfig, out_dir: Path, resume_at: int | None) -> MetricsLog:
     """Makes `out_dir` ready, empty unless resuming; metrics.jsonl comes first, as the mark of a run."""
-    if resume_at is None:
-        for path in (out_dir / name for name in RUN_FILES):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+    wait_for_all("everyone has seen what is in out_dir")
+    writes = is_first_process()
+    if writes and resume_at is None:
+        _clear(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    log = MetricsLog(out_dir / METRICS_FILE, resume_at=resume_at)
-    for name, content in {"config": config.to_dict(), "environment": environment.facts()}.items():
-        temporary = out_dir / f"{name}.json.tmp"
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        temporary.replace(out_dir / f"{name}.json")
+    log = MetricsLog(out_dir / METRICS_FILE, resume_at=resume_at, writes=writes)
+    if writes:
+        for name, content in {
+            "config": config.to_dict(),
+            "environment": environment.facts(),
+        }.items():
+            temporary = out_dir / f"{name}.json.tmp"
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+            temporary.replace(out_dir / f"{name}.json")
+    wait_for_all("out_dir is ready")
     return log
+
+
+def _clear(out_dir: Path) -> None:
+    for path in (out_dir / name for name in RUN_FILES):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -29,21 +29,28 @@ Row = Mapping[str, Any]
 class MetricsLog:
     """The file metrics.jsonl, one JSON object a line, in the order of the iterations."""
 
-    def __init__(self, path: Path, *, resume_at: int | None = None):
-        """Opens `path` for appending; `resume_at` drops the rows that the resumed run will write again."""
+    def __init__(self, path: Path, *, resume_at: int | None = None, writes: bool = True):
+        """Opens `path` for appending; `resume_at` drops the rows that the resumed run will write again.
+
+        Without `writes` nothing is written: another process does.
+        """
+        self.path, self._file = path, None
+        if not writes:
+            return
         kept = [] if resume_at is None else [r for r in read_rows(path) if r["iter"] < resume_at]
-        self.path = path
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(_line(row) for row in kept))
         temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Row) -> None:
-        self._file.write(_line(row))
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(_line(row))
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
