@@ -138,6 +138,8 @@ def test_a_broken_meta_json_is_refused(folder: Path):
         ("[" * 100_000, r"meta\.json: not JSON"),
         ({"vocab_size": "65"}, "vocab_size is '65', expected"),
         ({"vocab_size": 0}, "vocab_size 0, expected 1 to"),
+        ({"vocab_size": 2**30}, "vocab_size 1073741824, expected 1 to 4,194,304"),
+        ({"vocab_size": 300}, "says a vocabulary of 300, the tokenizer beside it has"),
         ({"dtype": "float64"}, "dtype 'float64', expected uint16 or uint32"),
         ({"train_tokens": None}, "train_tokens is None, expected"),
     ],
@@ -314,6 +316,7 @@ def test_an_id_that_does_not_fit_31_bits_is_refused_when_drawn(tmp_path: Path, m
 def test_an_epoch_has_every_window_once_and_the_next_has_another_order(folder: Path):
     np.arange(71, dtype=np.uint16).tofile(folder / "train.bin")
     _rewrite_meta(folder, train_tokens=71, vocab_size=100)
+    (folder / "tokenizer.json").unlink()
     dataset = open_dataset(folder, block_size=10)
 
     def starts(seed: int, steps: range, rows: int) -> list[int]:

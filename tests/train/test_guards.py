@@ -110,12 +110,15 @@ def test_the_average_follows_the_weights_and_is_what_is_kept(guarded):
 
 
 def test_with_guards_too_a_run_in_two_parts_is_the_run_in_one(guarded, tmp_path: Path):
-    from training_runs import different_arrays, timeless_rows
+    from training_runs import different_arrays, last_arrays, timeless_rows
 
     result, config, _ = guarded
     parts = dataclasses.replace(config, out_dir=str(tmp_path / "out"))
     train.run(dataclasses.replace(parts, max_iters=1), progress=False)
     train.run(dataclasses.replace(parts, init_from="resume"), progress=False)
     assert different_arrays(tmp_path / "out", result.out_dir) == []
+    saved = last_arrays(tmp_path / "out")
+    assert any(".ema" in name for name in saved)
+    assert any(".norms" in name for name in saved)
     last = timeless_rows(tmp_path / "out")[-1]
     assert last == timeless_rows(result.out_dir)[-1]

@@ -144,6 +144,11 @@ def open_dataset(path: str | Path, *, block_size: int) -> Dataset:
         split: token_files.open_tokens(found, kind, may_have_header=meta is None, remedy=remedy)
         for split, found in files.items()
     }
+    if meta and tokenizer and meta.vocab_size != tokenizer.vocab_size:
+        raise DataError(
+            f"{path}: meta.json says a vocabulary of {meta.vocab_size}, the tokenizer beside it has "
+            f"{tokenizer.vocab_size}; {remedy}"
+        )
     vocab_size = _vocab_size(meta, tokenizer, tokens["train"])
     for split in SPLITS:
         _check_split(path, split, tokens[split], meta, vocab_size, block_size)

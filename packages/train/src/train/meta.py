@@ -22,6 +22,9 @@ PICKLED_META_FILE = "meta.pkl"
 MOST_BYTES = 4 * 2**20
 """Of either file: a dictionary of 100,000 characters, with room to spare."""
 
+MOST_TOKENS = 2**22
+"""Of a vocabulary, whose size decides how large a model is made: 16 times the largest that is known."""
+
 _PLAIN_OPCODES = frozenset(
     """
     PROTO FRAME MARK STOP EMPTY_DICT SETITEM SETITEMS MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET
@@ -55,8 +58,8 @@ class Meta:
                 raise DataError(f"{path}: {field.name} is {value!r}, expected {field.type}")
         if meta.dtype not in ("uint16", "uint32"):
             raise DataError(f"{path}: dtype {meta.dtype!r}, expected uint16 or uint32")
-        if not 0 < meta.vocab_size < 2**31:
-            raise DataError(f"{path}: vocab_size {meta.vocab_size}, expected 1 to 2**31 - 1")
+        if not 0 < meta.vocab_size <= MOST_TOKENS:
+            raise DataError(f"{path}: vocab_size {meta.vocab_size}, expected 1 to {MOST_TOKENS:,}")
         return meta
 
     def to_dict(self) -> dict[str, Any]:
