@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from core import native
 from core.quant import DynamicInt8, Int8, Transposed, round_rows
 
 Kernel = jax.Array | Int8 | DynamicInt8 | Transposed
@@ -138,11 +139,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 """By the names of `core.config.ACTIVATIONS`; three names of the tanh form differ in rounding only."""
 
 
-# Up to so many rows, which is decoding, a linear map of narrow numbers is summed and returned by `product`. With more
-# it is the backend's own narrow product, whose gradients are narrow too.
-_FEW_ROWS = 64
-
-
 def linear(x: jax.Array, kernel: Kernel, bias: jax.Array | None, *, inputs: int = 1) -> jax.Array:
     """Returns `x @ kernel + bias`, contracting the last `inputs` axes of `x` with the first of `kernel`.
 
@@ -167,8 +163,11 @@ def linear(x: jax.Array, kernel: Kernel, bias: jax.Array | None, *, inputs: int 
     else:
         outputs = kernel.shape[inputs:]
         matrix = kernel.reshape(-1, _size(outputs)).astype(x.dtype)
-        few = _is_narrow(x) and len(flat) <= _FEW_ROWS
-        flat = product(flat, matrix, axis=0).astype(x.dtype) if few else flat @ matrix
+        if _is_narrow(x):
+            flat = _narrow_product(flat, matrix)
+        else:
+            few = native.serves(flat, matrix)
+            flat = product(flat, matrix, axis=0) if few else flat @ matrix
     if bias is not None:
         flat = flat + bias.reshape(1, -1).astype(x.dtype)
     return flat.reshape(rows + outputs)
@@ -189,8 +188,11 @@ def product(x_RI: jax.Array, matrix: jax.Array, *, axis: int) -> jax.Array:
     """Returns `x_RI` times `matrix`, contracted along its `axis`, in float32.
 
     XLA multiplies by a narrow matrix as it lies in memory if the result is float32 and there are two rows; for one row,
-    or for a narrow result, a CPU first makes a float32 copy of the matrix, as large as the weights twice.
+    or for a narrow result, a CPU first makes a float32 copy of the matrix, as large as the weights twice. Few rows are
+    for `core.native`, where it serves.
     """
+    if native.serves(x_RI, matrix):
+        return native.product(x_RI, matrix, axis=axis)
     lone = _is_narrow(x_RI) and len(x_RI) == 1
     y_RO = jax.lax.dot_general(
         jnp.concatenate([x_RI, x_RI]) if lone else x_RI,
@@ -199,6 +201,32 @@ def product(x_RI: jax.Array, matrix: jax.Array, *, axis: int) -> jax.Array:
         preferred_element_type=wide_dtype(x_RI.dtype),
     )
     return y_RO[:1] if lone else y_RO
+
+
+@jax.custom_vjp
+def _narrow_product(x_RI: jax.Array, matrix_IO: jax.Array) -> jax.Array:
+    """Returns the product of narrow numbers in their type; it and its gradients are summed by `product`.
+
+    XLA's own narrow results take a CPU 2.5 times as long, 5 times for a hundred rows (docs/log.md).
+    """
+    return product(x_RI, matrix_IO, axis=0).astype(x_RI.dtype)
+
+
+def _narrow_product_forward(
+    x_RI: jax.Array, matrix_IO: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _narrow_product(x_RI, matrix_IO), (x_RI, matrix_IO)
+
+
+def _narrow_product_backward(
+    saved: tuple[jax.Array, jax.Array], dy_RO: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x_RI, matrix_IO = saved
+    dx_RI = product(dy_RO, matrix_IO, axis=1).astype(x_RI.dtype)
+    return dx_RI, product(x_RI.T, dy_RO, axis=0).astype(matrix_IO.dtype)
+
+
+_narrow_product.defvjp(_narrow_product_forward, _narrow_product_backward)
 
 
 _TILE = 64  # output channels of an int8 kernel that are converted at a time
@@ -210,8 +238,10 @@ def _int8_product(x_RI: jax.Array, kernel: Int8) -> jax.Array:
     A matrix that is converted as a whole goes through memory, which takes a CPU 7 to 40 times as long as the product;
     tiles stay in its cache. Here the form is chosen, as measured in docs/log.md.
     """
-    x_RI = x_RI.astype(jnp.float32)
     values_OI = kernel.values_OI.reshape(-1, x_RI.shape[1])
+    if native.serves(x_RI, values_OI):
+        return native.product(x_RI, values_OI, axis=1) * kernel.scales_O.reshape(1, -1)
+    x_RI = x_RI.astype(jnp.float32)
     O, I = values_OI.shape
     whole = O // _TILE * _TILE if jax.default_backend() == "cpu" else 0
 
@@ -230,12 +260,15 @@ def _dynamic_int8_product(x_RI: jax.Array, kernel: DynamicInt8) -> jax.Array:
 
     XLA multiplies whole numbers as they lie in memory if there are two rows; for one a CPU first widens the matrix.
     """
+    values_OI = kernel.values_OI.reshape(-1, x_RI.shape[1])
+    if native.serves(x_RI, values_OI):
+        return native.rounded_product(x_RI, values_OI, kernel.scales_O.reshape(-1))
     values_RI, scales_R1 = round_rows(x_RI)
     if len(values_RI) == 1:
         values_RI = jnp.concatenate([values_RI, values_RI])
     sums_RO = jax.lax.dot_general(
         values_RI,
-        kernel.values_OI.reshape(-1, x_RI.shape[1]),
+        values_OI,
         (((1,), (1,)), ((), ())),
         preferred_element_type=jnp.int32,
     )

@@ -12,7 +12,7 @@ All of it lies behind `core.layers`, `core.moe` and `core.attention`, which have
 from core.native.attention import attend_cache
 from core.native.experts import mix_experts, takes
 from core.native.library import available, is_serving, serving
-from core.native.products import product, rounded_product
+from core.native.products import product, rounded_product, serves
 
 __all__ = [
     "attend_cache",
@@ -21,6 +21,7 @@ __all__ = [
     "mix_experts",
     "product",
     "rounded_product",
+    "serves",
     "serving",
     "takes",
 ]
