@@ -529,6 +529,7 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(smallest: TrainConfig, d
     assert run(smallest, init_from="auto").iteration == 4
 
 
+@pytest.mark.slow
 def test_a_tiny_gpt_oss_learns_and_goes_on(smallest: TrainConfig, tmp_path: Path):
     sparse = dataclasses.replace(
         smallest, family="gpt_oss", n_kv_head=1, n_expert=3, experts_per_token=2, sliding_window=5
