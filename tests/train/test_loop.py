@@ -483,6 +483,21 @@ def test_what_is_no_model_folder_is_told_how_to_become_one(smallest: TrainConfig
         run(smallest, init_from=str(tmp_path / "ckpt.pt"))
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"iter": 1', "line 2: not JSON"),
+        ("[" * 100_000, "line 2: not JSON"),
+        ("[1]", "line 2: expected an object"),
+        ('{"iter": "1"}', "line 2: expected an object"),
+    ],
+)
+def test_a_row_that_is_none_is_named(tmp_path: Path, line: str, message: str):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"iter": 0}}\n{line}\n{{"iter": 2')
+    with pytest.raises(train.TrainError, match=rf"metrics\.jsonl, {message}"):
+        read_rows(tmp_path / "metrics.jsonl")
+
+
 def test_a_runs_folder_is_told_where_its_model_is(finished: train.Result, config: TrainConfig):
     with pytest.raises(train.TrainError, match=r"a run's folder; its .* init_from=.*/model$"):
         run(config, init_from=str(finished.out_dir))

@@ -149,7 +149,7 @@ def _whole(value: Any) -> bool:
 
 def _unknown_key(key: str, known: list[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1)
-    hint = f' Did you mean "{near[0]}"?' if near else f" Known keys: {', '.join(known)}."
+    hint = f' Did you mean "{near[0]}"?' if near else " docs/training.md lists the keys."
     return f'unknown config key "{key}".{hint}'
 
 

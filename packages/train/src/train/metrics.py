@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config import Config, GptOssConfig
+from train.preflight import TrainError
 
 # Dense bfloat16 peaks in FLOP/s by jax's device_kind (vendors' data sheets; the sparse figures are twice these).
 PEAK_FLOPS = {
@@ -57,8 +58,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Returns the rows of a metrics.jsonl; a last line cut short by a kill is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    lines = path.read_bytes().split(b"\n")
+    return [_row(line, f"{path}, line {number}") for number, line in enumerate(lines[:-1], 1)]
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise TrainError(f"{where}: not JSON ({error}); remove the line") from error
+    if not isinstance(row, dict) or type(row.get("iter")) is not int:
+        raise TrainError(f"{where}: expected an object with a whole number 'iter'; remove the line")
+    return row
 
 
 def _line(row: Row) -> str:
