@@ -22,11 +22,13 @@ ARGS ?=
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 UV ?= $(shell uv --version 2>/dev/null | grep -q '^uv 0\.13\.' && echo uv || echo .bootstrap/bin/uv)
+# What this processor can execute, as a number.
+PROCESSOR := $(shell grep -m 1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null | cksum | cut -d ' ' -f 1)
 PACKAGES := core convert train serve_batch bench
 RUN := .venv/bin/python -m
 PYTEST := pytest -n auto --maxprocesses 4
 
-.PHONY: help sync demo test test-slow parity check format convert export verify train generate batch bench env pins clean uv
+.PHONY: help sync demo test test-slow parity check format convert export verify train generate batch bench publish env pins clean uv
 
 help: ## Prints this help.
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -74,8 +76,11 @@ generate: .venv/.synced ## Continues PROMPT="..." with models/MODEL.
 batch: .venv/.synced ## Continues every prompt of INPUT=GLOB with models/MODEL into OUT=DIR.
 	@$(RUN) serve_batch --model=models/$(MODEL) --input="$$INPUT" --output="$$OUT" $(ARGS)
 
-bench: .venv/.synced .venv-peers/.synced .venv-peers/.llama-native ## Measures ours beside its peers; SUITE=ci|full|gpu (builds .venv-peers, 5 GB).
+bench: .venv/.synced .venv-peers/.synced .venv-peers/.llama-native-$(PROCESSOR) ## Measures ours beside its peers; SUITE=ci|full|gpu (builds .venv-peers, 5 GB).
 	@$(RUN) bench --suite=$(SUITE) $(ARGS)
+
+publish: .venv/.synced ## Makes the last run of the benchmark the one that docs/bench and the README show.
+	@$(RUN) bench.publish $(ARGS)
 
 env: .venv/.synced ## Prints versions, devices and pins, for a bug report.
 	@$(RUN) bench.env
@@ -116,16 +121,16 @@ PEERS_HAVE := jinja2 markupsafe numpy typing-extensions
 		&& touch $@ \
 		|| echo 'note: llama.cpp could not be compiled (it takes a C++ compiler); the comparisons with it are skipped'
 
-# For speed it is compiled for this very machine, as who compiles it would, in a folder that only the benchmark looks at,
-# with the processor's instructions beside it: elsewhere the benchmark passes it by. Not from uv's cache, which does not
-# tell the two apart.
-.venv-peers/.llama-native: requirements-llama.txt | .venv-peers/.synced
+# For the benchmark it is compiled for this very processor, as whoever compiles it for use does, in a folder of its own
+# with the processor's instructions beside it: on another one the benchmark passes it by, and make compiles anew. Not
+# from uv's cache, which does not tell the two apart.
+.venv-peers/.llama-native-$(PROCESSOR): requirements-llama.txt | .venv/.synced .venv-peers/.synced
 	@echo 'compiling llama.cpp for this processor: some minutes, once'
 	@CMAKE_ARGS='-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF' $(UV) pip install -q --no-cache --python $(@D) \
 		--target $(@D)/llama-native --upgrade --no-deps --require-hashes -r $< \
 		&& .venv/bin/python -c 'from bench import machine; print(machine.instructions())' > $(@D)/llama-native/processor \
 		&& touch $@ \
-		|| echo 'note: llama.cpp could not be compiled (it takes a C++ compiler); the benchmark reports it as absent'
+		|| echo 'note: llama.cpp could not be compiled (it takes a C++ compiler); the benchmark says so in its rows'
 
 .bootstrap/bin/uv:
 	@test -n "$(PYTHON)" || { echo 'error: no Python >= 3.11 found; install one or pass PYTHON=path' >&2; exit 1; }

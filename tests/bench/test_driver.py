@@ -89,8 +89,8 @@ OTHERS = '{"tokens": [[1, 3]]}'
         ("0.0005", "float32", "measured"),  # two tokens that are level in float32
         ("0.01", "float32", "wrong"),
         ("0.01", "bfloat16", "measured"),
-        ("0.5", "bfloat16", "wrong"),
-        ("0.5", "int8", "measured"),
+        ("1.5", "bfloat16", "wrong"),
+        ("1.5", "int8", "measured"),
         ("nan", "int8", "wrong"),
     ],
 )
@@ -109,7 +109,7 @@ def test_other_tokens_are_right_where_the_model_finds_them_as_good(
 
 def test_rounded_tokens_of_the_first_contestant_are_judged_too(field):
     (row,) = driver.measure(
-        field(sleeper("a", 0, OTHERS, "2")),
+        field(sleeper("a", 0, OTHERS, "3")),
         workload("decode", precision="int8"),
         lambda who: None,
     )

@@ -26,7 +26,7 @@ from bench.workloads import Precision, Workload
 from train import step
 from train.config import TrainConfig
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.bfloat16}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class Flaxmill:
@@ -104,11 +104,11 @@ class Flaxmill:
                 return jobs.Command(start, reads=folder)
 
 
-def _converted(weights: Path, **options: Any) -> Path:
+def _converted(weights: Path) -> Path:
     """Returns our folder of a checkpoint, beside it, made when it is first needed."""
-    folder = weights.with_name("-".join(["flaxmill", *map(str, options.values())]))
+    folder = weights.with_name("flaxmill")
     if not folder.exists():
-        convert.convert(weights, out=folder, quiet=True, **options)
+        convert.convert(weights, out=folder, quiet=True)
     return folder
 
 
@@ -142,7 +142,7 @@ def _start(workload: Workload, folder: Path) -> jobs.Command:
     )
     return jobs.Command(
         [sys.executable, "-P", "-m", "core.generate", *flags],
-        env=_cache(),
+        env={"XDG_CACHE_HOME": str(Path.cwd() / "cache")},  # where core.compiled keeps them
         outputs=lambda told: {"tokens": [told["tokens"]]},
         judge=lambda rows: _shortfalls(folder, rows),
     )
