@@ -26,7 +26,8 @@ UV ?= $(shell uv --version 2>/dev/null | grep -q '^uv 0\.13\.' && echo uv || ech
 PROCESSOR := $(shell grep -m 1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null | cksum | cut -d ' ' -f 1)
 PACKAGES := core convert train serve_batch bench
 RUN := .venv/bin/python -m
-PYTEST := pytest -n auto --maxprocesses 4
+# Neighbouring tests on one worker: they share fixtures and what they compile.
+PYTEST := pytest -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: help sync demo test test-slow parity check format convert export verify train generate batch bench publish env pins clean uv
 
@@ -42,7 +43,7 @@ demo: .venv/.synced ## The whole pipeline on real text in three minutes, offline
 test: .venv/.synced ## The fast tests, without torch (under five minutes on two cores).
 	$(RUN) $(PYTEST) -m "not slow and not parity and not gpu" $(ARGS)
 
-test-slow: .venv/.synced ## The tests that take more than 20 seconds each.
+test-slow: .venv/.synced ## The tests that take long, and those of which each case has a faster one beside it.
 	$(RUN) $(PYTEST) -m "slow and not parity and not gpu" $(ARGS)
 
 parity: .venv-peers/.synced .venv-peers/.llama ## The comparisons with torch, transformers and llama.cpp (builds .venv-peers, 5 GB).
