@@ -47,9 +47,7 @@ def attend(
 ) -> jax.Array:
     q, k, v, starts, lengths = case
     given = {"starts_B": starts, "lengths_B": lengths, "scale": q.shape[-1] ** -0.5}
-    return native.attend_cache(
-        q, k, v, **given, first_row=first_row, window=window, sinks_N=sinks_N
-    )
+    return native.attend_cache(q, k, v, first_row, **given, window=window, sinks_N=sinks_N)
 
 
 def in_float64(

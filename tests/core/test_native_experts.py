@@ -105,7 +105,7 @@ def test_rows_are_the_weighted_sums_of_their_experts(
     expected = in_float64(*case)
     tolerance = 2e-6 if dtype == jnp.float32 else 1e-4
     if dtype == jnp.bfloat16 and kernel == jnp.float32:
-        assert not native.takes(jnp.dtype(dtype), case[3].gate_up_EDF2)
+        assert not native.mixes(jnp.dtype(dtype), case[3].gate_up_EDF2)
         tolerance = 2e-2
     np.testing.assert_allclose(mixed(*case), expected, atol=tolerance * abs(expected).max())
 

@@ -19,9 +19,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from core import flash, kv_cache
+from core import flash, kv_cache, native
 from core.kv_cache import Layer
-from core.layers import dropout
+from core.layers import dropout, wide_dtype
 
 # Finite, so that a fully masked row gives a number; any value this low gives the same bits as minus infinity otherwise.
 MASKED = -1e30
@@ -76,12 +76,17 @@ def attend_next(
         drop = {"dropout_rate": dropout_rate, "dropout_key": dropout_key}
         return attend(q_BTNH, k_BKTH, v_BKTH, window=window, **given, **drop), None
     new = k_BKTH, v_BKTH, positions_BT, jnp.full(B, T) if lengths_B is None else lengths_B
+    S = past.k_RKSH.shape[2]
+    # A cache of fewer slots than the window was made for fewer positions than that: nothing is evicted.
+    few = T <= kv_cache.FEW and (window is None or window > S or window + T - 1 <= S)
+    if few and native.is_serving() and native.attends(q_BTNH.dtype, past.k_RKSH.dtype):
+        past = kv_cache.append(past, *new)
+        seen = {"starts_B": positions_BT[:, 0], "lengths_B": new[3], "window": window}
+        return native.attend_cache(q_BTNH, *past, **seen, scale=scale, sinks_N=sinks_N), past
     if window is None:
         past = kv_cache.append(past, *new)
         return attend_cache(q_BTNH, past, **given), past
-    S = past.k_RKSH.shape[2]
-    # A cache of fewer slots than the window was made for fewer positions than that: nothing is evicted.
-    if T <= kv_cache.FEW and (window > S or window + T - 1 <= S):
+    if few:
         past = kv_cache.append(past, *new)
         k_BKSH, v_BKSH = (kv_cache.rows_of(x, past.first_row, B) for x in past[:2])
         held_BS = kv_cache.held(positions_BT[:, 0] + new[3] - 1, S)
@@ -245,7 +250,7 @@ def _attend(
         "BKRH,BKSH->BKRS",
         q_BKRH,
         k_BKSH.astype(q_BTNH.dtype),
-        preferred_element_type=jnp.promote_types(q_BTNH.dtype, jnp.float32),
+        preferred_element_type=wide_dtype(q_BTNH.dtype),
     )
     scores_BNTS = scores_BKRS.reshape(B, N, T, S) * scale
     visible_BTS = _visible(positions_BT, key_positions_BS, window)

@@ -61,7 +61,7 @@ def mix(
     own, and their sums are added.
     """
     kernels = experts.gate_up_EDF2, experts.down_EFD
-    if ragged is None and native.is_serving() and native.takes(x_RD.dtype, *kernels):
+    if ragged is None and native.is_serving() and native.mixes(x_RD.dtype, *kernels):
         return native.mix_experts(x_RD, weights_RC, chosen_RC, *experts, alpha=alpha, limit=limit)
     E = experts.down_bias_ED.shape[0]
     ragged = jax.default_backend() != "cpu" if ragged is None else ragged

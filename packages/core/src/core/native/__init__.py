@@ -9,19 +9,21 @@
 All of it lies behind `core.layers`, `core.moe` and `core.attention`, which have XLA's forms as well.
 """
 
-from core.native.attention import attend_cache
-from core.native.experts import mix_experts, takes
+from core.native.attention import attend_cache, attends
+from core.native.experts import mix_experts, mixes
 from core.native.library import available, is_serving, serving
-from core.native.products import product, rounded_product, serves
+from core.native.products import ROWS, product, rounded_product, serves
 
 __all__ = [
+    "ROWS",
     "attend_cache",
+    "attends",
     "available",
     "is_serving",
     "mix_experts",
+    "mixes",
     "product",
     "rounded_product",
     "serves",
     "serving",
-    "takes",
 ]

@@ -7,15 +7,20 @@ import numpy as np
 from core.native.library import call
 
 
+def attends(*dtypes: jnp.dtype) -> bool:
+    """Whether `attend_cache` takes queries and caches of these types."""
+    return all(dtype in (jnp.float32, jnp.bfloat16) for dtype in dtypes)
+
+
 def attend_cache(
     q_BTNH: jax.Array,
     k_RKSH: jax.Array,
     v_RKSH: jax.Array,
+    first_row: jax.Array | None = None,
     *,
     starts_B: jax.Array,
     lengths_B: jax.Array,
     scale: float,
-    first_row: jax.Array | None = None,
     window: int | None = None,
     sinks_N: jax.Array | None = None,
 ) -> jax.Array:
@@ -28,10 +33,10 @@ def attend_cache(
       q_BTNH: queries, float32 or bfloat16.
       k_RKSH: keys, float32 or bfloat16; the key of position p lies in slot p % S.
       v_RKSH: values, of the same type.
+      first_row: the cache's row that the first row of queries belongs to; None is 0.
       starts_B: the position of each row's first query; they run on by one along T.
       lengths_B: how many of a row's queries are computed; the others cost nothing and are zero.
       scale: what the scores are multiplied by.
-      first_row: the cache's row that the first row of queries belongs to; None is 0.
       window: how many keys a query sees, its own included, at most S less T - 1, or any number if S slots have every
         position so far; None is all.
       sinks_N: a score a head that takes its share of the softmax and gives nothing.

@@ -32,7 +32,9 @@ constexpr int kRows = 8;               // rows that meet a decoded vector while 
 #else
 constexpr int kRows = 4;
 #endif
-constexpr int64_t kSpan = 4;           // chunks of that many rows, which stay in the first cache
+constexpr int kFew = 4;                // of so many, whole outputs one after another: the weights come from memory in order
+constexpr int64_t kSpan = 8;           // chunks of more rows, which stay in the first cache
+constexpr int64_t kAhead = 8192;       // bytes; without asking for them, they come at a third of the speed (docs/log.md)
 
 alignas(64) constexpr float kNumbers[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
 
@@ -183,8 +185,13 @@ INLINE void accumulate(const uint8_t* blocks, const uint8_t* scales, const typen
   const typename By::Number* x[R];
   each<R>([&](auto r) INLINED { x[r] = rows[r] + from * kChunk; });
   const uint8_t *block = blocks + from * kBlocks * 16, *scale = scales + from * kBlocks;
+  int64_t ahead = R > kFew ? W * Q * 16 : kAhead;  // many rows come by here again and again, for each of W outputs
   for (int64_t i = from; i < std::min(to, Q / kBlocks); ++i, block += kBlocks * 16, scale += kBlocks) {
-    each<O>([&](auto o) INLINED { packed[o] = words(block + o * Q * 16), bytes[o] = bytes_of(scale + o * Q); });
+    each<O>([&](auto o) INLINED {
+      packed[o] = words(block + o * Q * 16), bytes[o] = bytes_of(scale + o * Q);
+      __builtin_prefetch(block + o * Q * 16 + ahead);
+    });
+    if (i % 4 == 0) __builtin_prefetch(scale + ahead / 16);
     accumulate<By>(packed, bytes, x, sums);
     each<R>([&](auto r) INLINED { x[r] += kChunk; });
   }
@@ -203,7 +210,7 @@ void packed_outputs(const uint8_t* blocks, const uint8_t* scales, int64_t Q, con
   F totals[R][W];
   for (int r = 0; r < R; ++r)
     for (int o = 0; o < W; ++o) totals[r][o] = zero();
-  int64_t chunks = (Q + kBlocks - 1) / kBlocks, span = R > 2 ? kSpan : chunks;
+  int64_t chunks = (Q + kBlocks - 1) / kBlocks, span = R > kFew ? kSpan : chunks;
   for (int64_t from = 0; from < chunks; from += span) {
     auto take = [&](int o, auto outputs) {
       constexpr int O = decltype(outputs)::value;
@@ -212,8 +219,10 @@ void packed_outputs(const uint8_t* blocks, const uint8_t* scales, int64_t Q, con
       accumulate<By>(blocks + (first + o) * Q * 16, scales + (first + o) * Q, rows, Q, from, std::min(from + span, chunks), some);
       each<R>([&](auto r) INLINED { each<O>([&](auto i) INLINED { totals[r][o + i] = some[i][r]; }); });
     };
-    for (int o = 0; o + 2 <= n; o += 2) take(o, std::integral_constant<int, 2>());
-    if (n % 2) take(n - 1, std::integral_constant<int, 1>());
+    int o = 0;
+    if constexpr (R > kFew)
+      for (; o + 2 <= n; o += 2) take(o, std::integral_constant<int, 2>());
+    for (; o < n; ++o) take(o, std::integral_constant<int, 1>());
   }
   for (int r = 0; r < R; ++r) {
     F y_W = sums(totals[r]);
@@ -282,6 +291,7 @@ void packed_tile(const uint8_t* blocks, const uint8_t* scales, int64_t Q, const 
   };
   of(std::integral_constant<int, kRows>());
   if constexpr (kRows > 4) of(std::integral_constant<int, 4>());
+  of(std::integral_constant<int, 3>());
   of(std::integral_constant<int, 2>());
   of(std::integral_constant<int, 1>());
 }

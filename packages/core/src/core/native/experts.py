@@ -12,7 +12,7 @@ from core.quant import MXFP4
 _WHOLE = 128  # a row of the scratch has whole vectors of words, which hold so many numbers at most
 
 
-def takes(dtype: jnp.dtype, *kernels: jax.Array | MXFP4) -> bool:
+def mixes(dtype: jnp.dtype, *kernels: jax.Array | MXFP4) -> bool:
     """Whether `mix_experts` computes, for rows of that type, what these kernels say: no wider one is rounded."""
     dense = [kernel.dtype for kernel in kernels if not isinstance(kernel, MXFP4)]
     floats = (jnp.float32, jnp.bfloat16)
