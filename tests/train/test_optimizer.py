@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
-from core.config import GPT2Config
+from core import axes
+from core.config import GPT2Config, GptOssConfig
 from core.models import build
 from train import optimizer
 from train.config import TrainConfig
@@ -79,3 +81,59 @@ def test_gradients_above_the_limit_are_scaled_to_it_and_others_left_alone():
         same, norm = optimizer.clip(grads, limit)
         assert norm == 5.0
         np.testing.assert_array_equal(same["w"], grads["w"])
+
+
+@pytest.fixture(scope="module", params=["gpt2", "gpt_oss"])
+def one_muon_step(request: pytest.FixtureRequest):
+    """Parameters by name, random gradients, and the first update of Muon and of AdamW for them."""
+    shapes = {
+        "gpt2": GPT2Config(vocab_size=11, n_positions=5, n_embd=12, n_head=2, n_layer=1),
+        "gpt_oss": GptOssConfig(
+            vocab_size=11,
+            hidden_size=12,
+            intermediate_size=10,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=4,
+            num_local_experts=3,
+            num_experts_per_tok=2,
+            max_position_embeddings=5,
+        ),
+    }
+    shape = shapes[request.param]
+    rng = np.random.default_rng(0)
+    grads = {
+        name: jnp.asarray(rng.standard_normal(axes.shape(word, shape.axes)), jnp.float32)
+        for name, word in shape.tensors().items()
+    }
+    tree = traverse_util.unflatten_dict(grads, sep=".")
+    updates = {}
+    with jax.numpy_dtype_promotion("standard"):
+        for name in ("muon", "adamw"):
+            tx = optimizer.steps(TrainConfig(optimizer=name, weight_decay=0.0))
+            update, _ = jax.jit(tx.update)(tree, tx.init(tree), tree)
+            updates[name] = traverse_util.flatten_dict(update, sep=".")
+    return shape.tensors(), updates
+
+
+def test_muon_makes_the_blocks_matrices_orthogonal_and_leaves_the_rest_to_adamw(one_muon_step):
+    """Most singular values are near 1 (0.7 to 1.2, Jordan 2024), times what makes a step as large as AdamW's."""
+    words, updates = one_muon_step
+    as_matrices = {
+        "D3NH": "3D(NH)",
+        "DNH": "D(NH)",
+        "DKH": "D(KH)",
+        "NHD": "(NH)D",
+        "EDF2": "E2DF",
+    }
+    for name, word in words.items():
+        update = np.asarray(updates["muon"][name])
+        is_matrix = name.startswith("blocks") and name.endswith("kernel") and "router" not in name
+        if not is_matrix:
+            np.testing.assert_array_equal(update, updates["adamw"][name], err_msg=name)
+            continue
+        sizes = {letter: update.shape[i] for i, letter in enumerate(word) if letter.isalpha()}
+        turned = axes.relayout(update, f"{word} -> {as_matrices.get(word, word)}", sizes)
+        values = np.linalg.svd(turned, compute_uv=False) / (0.2 * max(turned.shape[-2:]) ** 0.5)
+        assert 0.65 < np.median(values) <= values.max() < 1.3, name

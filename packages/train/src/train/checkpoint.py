@@ -22,6 +22,8 @@ class Progress:
     model: dict[str, Any]
     best_val_loss: float
     wandb_id: str | None = None
+    choices: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The keys that decide what a state consists of."""
 
 
 class Checkpoints:

@@ -72,6 +72,7 @@ class TrainConfig:
     dropout: float = 0.0
     bias: bool = False
 
+    optimizer: str = "adamw"  # adamw | muon: Muon for the blocks' matrices, AdamW for the rest
     # AdamW and its learning rate: max_iters + 1 updates, as nanoGPT's loop makes them.
     learning_rate: float = 6e-4
     max_iters: int = 600_000
@@ -169,6 +170,7 @@ _ONE_OF = {
     "data_order": ("random", "epoch"),
     "lr_schedule": ("cosine", "linear", "wsd"),
     "family": ("gpt2", "gpt_oss"),
+    "optimizer": ("adamw", "muon"),
 }
 
 _AT_LEAST = {

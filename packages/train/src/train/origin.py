@@ -4,6 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,9 @@ def begin(
         model, params = _from_folder(config, plan.folder, devices)
         state = devices.make(model.config, lambda p: initial_state(p, config), params)
         description = f"the weights of {plan.folder.path}"
-    progress = Progress(model=model.config.to_dict(), best_val_loss=math.inf)
+    progress = Progress(
+        model=model.config.to_dict(), best_val_loss=math.inf, choices=_choices(config)
+    )
     return Origin(model, state, 0, progress, description)
 
 
@@ -124,6 +127,16 @@ def _from_checkpoint(
             f"{path}: trained with block_size={saved.n_positions}, the config says "
             f"{config.block_size}; to change it start from the model folder with init_from"
         )
+    changed = [
+        f"{key} was {was!r} and is {is_now!r}"
+        for key, is_now in _choices(config).items()
+        if (was := progress.choices.get(key, is_now)) != is_now
+    ]
+    if changed:
+        raise TrainError(
+            f"{path}: {'; '.join(changed)}, and a state consists of other parts then; to change it "
+            "start from the model folder with init_from"
+        )
     model = build(dataclasses.replace(saved, **_dropout(saved, config.dropout)))
     key = jax.random.key(0)
     like = devices.like(saved, lambda: initial_state(model.init(key), config))
@@ -141,6 +154,15 @@ def _from_folder(
         shape = dataclasses.replace(shape, n_positions=config.block_size)
         params["wpe"]["embedding"] = params["wpe"]["embedding"][: config.block_size]
     return build(dataclasses.replace(shape, **_dropout(shape, config.dropout))), params
+
+
+def _choices(config: TrainConfig) -> dict[str, Any]:
+    return {
+        "optimizer": config.optimizer,
+        "ema_decay": "on" if config.ema_decay else "off",
+        "skip_spikes": "on" if config.skip_spikes else "off",
+        "dtype": "float16" if config.dtype == "float16" else "another",
+    }
 
 
 def _dropout(shape: Config, rate: float) -> dict[str, float]:
