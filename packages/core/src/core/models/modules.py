@@ -111,9 +111,9 @@ def _stored(module: nn.Module, name: str, start: Callable[[jax.Array], Any]) -> 
 def rows(table: jax.Array | DynamicInt8, ids_BT: jax.Array) -> jax.Array:
     """Returns the rows of `table`; NaN for an id that it has not, because a wrong row would pass for a right one."""
     if isinstance(table, DynamicInt8):
-        values, ids_BT = jax.lax.optimization_barrier((table.values_OI, ids_BT))
+        values = table.values_OI.at[ids_BT].get(mode="clip")
         scales = rows(table.scales_O[:, None], ids_BT)  # in which an id that it has not shows
-        return values.at[ids_BT].get(mode="clip").astype(jnp.float32) * scales
+        return values.astype(jnp.float32) * scales
     matrix: jax.Array = table
     if matrix.dtype.itemsize < 4:
         # Else XLA makes a float32 copy of the whole table before a loop in which rows are taken from it.
