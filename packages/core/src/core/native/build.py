@@ -122,22 +122,27 @@ def _run(commands: list[tuple[str, ...]]) -> None:
     Raises:
       NativeError: one fails, or takes minutes.
     """
-    running = [
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=-1, stderr=-2, text=True)
-        for command in commands
-    ]
-    try:
+    with contextlib.ExitStack() as stack:
+        running = []
+        for command in commands:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            running.append(process)
         for process in running:
-            said, _ = process.communicate(timeout=_TIMEOUT_S)
+            try:
+                said, _ = process.communicate(timeout=_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                raise NativeError(f"{commands[0][0]} took more than {_TIMEOUT_S} s") from None
             if process.returncode:
                 line = next((line for line in said.splitlines() if "error" in line), said[:200])
                 raise NativeError(f"{commands[0][0]} ended with {process.returncode}: {line}")
-    except subprocess.TimeoutExpired:
-        raise NativeError(f"{commands[0][0]} took more than {_TIMEOUT_S} s") from None
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
 
 
 def _compiler() -> tuple[tuple[str, ...], str]:

@@ -34,8 +34,8 @@ def product(x_RI: jax.Array, matrix: jax.Array, *, axis: int) -> jax.Array:
 def rounded_product(x_RI: jax.Array, values_OI: jax.Array, scales_O: jax.Array) -> jax.Array:
     """Returns `x_RI` times `values_OI * scales_O`, int8 by float32, after rounding each row of x to int8.
 
-    The unit is a 127th of the row's largest magnitude (`core.quant.round_rows`). The sums are exact, so an output is off
-    by at most half a unit times the sum of its weights' magnitudes. A row with a NaN or an infinity gives NaN.
+    The unit is a 127th of the row's largest magnitude (`core.quant.round_rows`). The sums are exact, so an output is
+    off by at most half a unit times the sum of its weights' magnitudes. A row with a NaN or an infinity gives NaN.
     """
     if x_RI.shape[1] > _LONGEST:
         return product(x_RI, values_OI, axis=1) * scales_O[None]
