@@ -12,7 +12,7 @@ from typing import Any
 
 TOLERANCE = 1e-3
 # Of the root mean square of the differences to that of the numbers themselves, where fewer bits are computed with.
-RELATIVE_TOLERANCE = {"bfloat16": 0.1, "int8": 0.3}
+RELATIVE_TOLERANCE = {"bfloat16": 0.25, "int8": 0.5}
 # How far below the best token's logit a greedy choice may lie, in standard deviations of the logits: what rounding
 # can do (of 124M's 192 tokens the worst lies 0.28 below in transformers' bfloat16), and no wrong model: a token taken
 # at random lies four below, and one such is enough.

@@ -191,7 +191,7 @@ def ceilings(field: Field) -> dict[str, dict[str, float]]:
     """Returns the rates that each contestant reaches on this machine, without those that cannot say."""
     rates: dict[str, dict[str, float]] = {}
     for contestant in field.contestants:
-        if contestant.absent or not contestant.kinds & COMPUTES:
+        if contestant.absent or not contestant.tells_ceilings:
             continue
         with contextlib.suppress(WorkerError):
             rates[contestant.name] = field.ask(contestant, "ceilings")

@@ -17,7 +17,7 @@ from bench.peers.process import WorkerError
 from bench.workloads import Workload
 from core.errors import FlaxmillError
 
-PATIENCE_S = {"ci": 15.0}  # for the turns of one workload, where it is not the driver's
+PATIENCE_S = {"ci": 12.0}  # for the turns of one workload, where it is not the driver's
 
 
 class BenchError(FlaxmillError):

@@ -27,13 +27,15 @@ PEERS_PYTHON = "FLAXMILL_PEERS_PYTHON"
 class Contestant:
     """One implementation: the workloads it takes part in, and the command that starts it or why there is none.
 
-    `refuses` says why one of these workloads cannot be done here; "" where nothing speaks against it.
+    `refuses` says why one of these workloads cannot be done here; "" where nothing speaks against it. `tells_ceilings`:
+    it is asked for the rates that it reaches on this machine.
     """
 
     name: str
     kinds: frozenset[workloads.Kind]
     command: tuple[str, ...] = ()
     absent: str = ""
+    tells_ceilings: bool = False
     refuses: Callable[[Workload], str] = dataclasses.field(default=lambda _: "", compare=False)
 
     def obstacle(self, workload: Workload) -> str:
@@ -50,15 +52,20 @@ def contestants(*, device: str, threads: int) -> tuple[Contestant, ...]:
         return Contestant(**{"name": name, "command": start, "absent": absent} | values)
 
     def torch(name: str, mode: str, *kinds: workloads.Kind) -> Contestant:
-        kinds_ = frozenset(kinds)
-        arguments = (mode, device, str(threads))
-        return peer(name, "pytorch", *arguments, kinds=kinds_, refuses=_unfit_for_torch)
+        return peer(
+            name,
+            "pytorch",
+            *(mode, device, str(threads)),
+            kinds=frozenset(kinds),
+            tells_ceilings=name == "torch eager",  # which all of them would tell
+            refuses=_unfit_for_torch,
+        )
 
     return (
         _ours(OURS, "engine", *EVERYTHING),
         _ours(STATIC_BATCH, "static", "serve"),
         torch("torch eager", "eager", "forward", "train", "open", "import"),
-        torch("torch.compile", "compile", "forward", "train", "compile"),
+        torch(workloads.TORCH_COMPILE, "compile", "forward", "train", "compile"),
         torch(workloads.GENERATE, "eager", "prefill", "decode", "serve", "start"),
         torch(workloads.COMPILED, "compile", "decode"),
         _llama(peer, python, device=device, threads=threads),
@@ -78,7 +85,8 @@ def contestants(*, device: str, threads: int) -> tuple[Contestant, ...]:
 
 def _ours(name: str, mode: str, *kinds: workloads.Kind) -> Contestant:
     start = command(Path(sys.executable), "bench.peers.ours", mode)
-    return Contestant(name=name, kinds=frozenset(kinds), command=start)
+    kinds_ = frozenset(kinds)
+    return Contestant(name=name, kinds=kinds_, command=start, tells_ceilings=name == OURS)
 
 
 def _llama(

@@ -127,7 +127,6 @@ def _cache() -> dict[str, str]:
     return {
         "JAX_COMPILATION_CACHE_DIR": str(Path.cwd() / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
 
@@ -142,7 +141,8 @@ def _start(workload: Workload, folder: Path) -> jobs.Command:
     )
     return jobs.Command(
         [sys.executable, "-P", "-m", "core.generate", *flags],
-        env={"XDG_CACHE_HOME": str(Path.cwd() / "cache")},  # where core.compiled keeps them
+        # What `core.compiled` sets where nothing is said: the user's own cache is left alone.
+        env={**_cache(), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"},
         outputs=lambda told: {"tokens": [told["tokens"]]},
         judge=lambda rows: _shortfalls(folder, rows),
     )
