@@ -146,6 +146,7 @@ def test_every_key_can_be_set_from_the_command_line():
         "data_order": "epoch",
         "lr_schedule": "linear",
         "attention": "xla",
+        "optimizer": "muon",
         "remat": "full",
     }
     # What needs an extra, or another process.

@@ -177,6 +177,7 @@ def main() -> None:
         texts = HubDataset(options.hf_dataset, options.hf_split, options.field)
     elif options.text:
         texts = Files(options.text, options.field)
+        texts.paths()  # there are some, before a tokenizer is opened
     elif source is not None:
         texts = [fetch(source)]
     else:
