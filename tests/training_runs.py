@@ -18,7 +18,8 @@ from train.step import State
 
 def last_state(out_dir: Path) -> State:
     """The state of the last checkpoint, as a resumed run would begin from it."""
-    config = TrainConfig.from_dict(json.loads((out_dir / "config.json").read_text()))
+    values = json.loads((out_dir / "config.json").read_text())
+    config = TrainConfig.from_dict({**values, "mesh": "data=-1", "processes": 1, "process": 0})
     plan = preflight.check(dataclasses.replace(config, init_from="resume"))
     with Checkpoints(out_dir / "checkpoints") as checkpoints:
         return origin.begin(
