@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from core.layers import wide_dtype
 from core.losses import Batch, loss
 from core.models import Model, Params
 from train import guards, optimizer, precision
@@ -27,7 +28,7 @@ class State(NamedTuple):
 def initial_state(params: Params, config: TrainConfig) -> State:
     return State(
         params,
-        optimizer.adamw(config).init(params),
+        optimizer.steps(config).init(params),
         ema=jax.tree.map(jnp.copy, params) if config.ema_decay else None,
         norms=guards.no_norms() if config.skip_spikes else None,
         scale=precision.starting_at(config.loss_scale) if config.dtype == "float16" else None,
@@ -70,7 +71,7 @@ def update(
     scale = state.scale
     if scale is not None:
         scale = precision.following(scale, precision.all_finite(grads), config.loss_scale_interval)
-    updates, opt_state = optimizer.adamw(config).update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizer.steps(config).update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
     params, opt_state = guards.selected(keep, (params, opt_state), (state.params, state.opt_state))
     ema = state.ema
@@ -106,7 +107,6 @@ def gradients(
 
     What is differentiated is the loss times `scale`, if that is given; what is returned is not scaled.
     """
-    factor = jnp.float32(1) if scale is None else scale
 
     def of_micro_batch(index: jax.Array, tokens_BS: jax.Array) -> tuple[jax.Array, Params]:
         dropout_key = None if key is None else jax.random.fold_in(key, index)
@@ -114,7 +114,7 @@ def gradients(
 
         def scaled(params: Params) -> tuple[jax.Array, jax.Array]:
             found = loss(params, model, batch, dropout_key=dropout_key, dtype=dtype, chunk=chunk)
-            return found * factor, found
+            return found if scale is None else found * scale, found
 
         grads, found = jax.grad(scaled, has_aux=True)(params)
         return found, grads
@@ -123,7 +123,7 @@ def gradients(
     if A == 1:  # no loop, no second copy of the gradients
         mean, grads = of_micro_batch(jnp.int32(0), tokens_ABS[0])
         return mean, grads if scale is None else jax.tree.map(lambda g: g / scale, grads)
-    zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
+    zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), wide_dtype(dtype)), params))
     total, _ = jax.lax.scan(
         lambda total, xs: (jax.tree.map(jnp.add, total, of_micro_batch(*xs)), None),
         zeros,
