@@ -323,6 +323,7 @@ def test_more_alternatives_than_the_vocabulary_are_all_of_it(engine):
         (Sampling(logit_bias={262: 1.0}), "262"),  # a row of the padding
         (Sampling(bad_ids=(300,)), "300"),
         (Sampling(allowed_ids=(400,)), "400"),
+        (Sampling(allowed_ids=(256,), min_new_tokens=2), "leave"),  # the end of the text alone
     ],
     ids=str,
 )

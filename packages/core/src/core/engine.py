@@ -225,7 +225,13 @@ class Engine:
                 f"logprobs is {sampling.logprobs}; this engine gives at most {most} (its top_logprobs)",
             )
         try:
-            sampling_lib.check_ids(sampling, self._statics.vocab_size)
+            statics = self._statics
+            sampling_lib.check_ids(
+                sampling,
+                statics.vocab_size,
+                stop_ids=statics.stop_ids,
+                missing_ids=statics.missing_ids,
+            )
         except SamplingError as error:
             raise RequestError("bad_sampling", str(error)) from error
         return self._prompt_tokens(request.prompt)
