@@ -82,8 +82,24 @@ def found() -> report.Report:
 def test_the_files_are_complete_and_nothing_else_stays(found, tmp_path):
     paths = report.write(found, tmp_path)
     assert {p.name for p in paths} == {p.name for p in tmp_path.iterdir()}
-    assert {p.name for p in paths} == {"results.json", "results.md", "results.png"}
-    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG\r\n")
+    pictures = {"results.png", "roofline.png"}
+    assert {p.name for p in paths} == {"results.json", "results.md"} | pictures
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n") for name in pictures)
+
+
+def test_times_at_several_lengths_are_drawn_and_a_picture_of_another_run_does_not_stay(
+    found, tmp_path
+):
+    longer = dataclasses.replace(FORWARD, name="longer", length=2 * FORWARD.length)
+    more = (*ROWS, row(longer, OURS, turns=turns(0.002, 0.002, 0.002)))
+    paths = report.write(dataclasses.replace(found, rows=more), tmp_path)
+    assert tmp_path / "latency.png" in paths
+    page = (tmp_path / "results.md").read_text()
+    assert "(latency.png)" in page
+    assert "(roofline.png)" in page
+    report.write(found, tmp_path)
+    assert not (tmp_path / "latency.png").exists()
+    assert "(latency.png)" not in (tmp_path / "results.md").read_text()
 
 
 def test_json_holds_every_sample_every_reason_and_the_circumstances(found, tmp_path):

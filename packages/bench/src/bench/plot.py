@@ -1,6 +1,6 @@
 """The plots: how many times as fast flaxmill is, by workload and peer, on a scale where twice and half are even.
 
-One is of a run, the other of all runs that were published.
+Also what a run reached of the machine's limits, times by length, and all runs that were published.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from bench.comparison import Spread
 
@@ -39,7 +39,7 @@ def png(title: str, subtitle: str, bars: Sequence[Bar]) -> bytes:
     places = _places(bars)
     lines = 1 + subtitle.count("\n")
     height = 1.5 + 0.16 * lines + 0.32 * (1 + max(places, default=0))
-    figure = Figure(figsize=(10, height), dpi=120)
+    figure = Figure(figsize=(10, height), dpi=120 if height < 40 else 75)
     top = 1 - (0.75 + 0.16 * lines) / height
     axes = figure.add_axes((0.2, 0.55 / height, 0.77, top - 0.55 / height))
     for bar, y in zip(bars, places, strict=True):
@@ -139,6 +139,81 @@ def _ticks(low: float, high: float) -> list[float]:
         if low <= tick <= high and all(max(tick / t, t / tick) > room for t in shown):
             shown.append(tick)
     return shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a contestant made of a workload: operations a second, and how many there are to a byte that is read."""
+
+    workload: str
+    contestant: str
+    precision: str
+    flops_per_byte: float
+    flops_per_s: float
+
+
+def roofline(
+    works: Sequence[Work], products: Mapping[str, float], read_bytes_per_s: float | None
+) -> bytes:
+    """Returns a picture of work under the machine's limits: a roof for each precision's rate of `products`."""
+    figure = Figure(figsize=(10, 6), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    places = [work.flops_per_byte for work in works]
+    left, right = min(places, default=0.5) / 2, max(places, default=100) * 2
+    for (precision, rate), style in zip(products.items(), ("-", "--", ":"), strict=False):
+        slope = read_bytes_per_s or rate
+        bends = sorted({left, min(max(rate / slope, left), right), right})
+        roof = [min(rate, slope * x) for x in bends]
+        axes.plot(bends, roof, style, color=INK, linewidth=1, label=f"limit, {precision}")
+    names = list(dict.fromkeys(work.contestant for work in works))
+    shapes = {"float32": "o", "bfloat16": "s", "int8": "^"}
+    for name, precision in dict.fromkeys((work.contestant, work.precision) for work in works):
+        mine = [w for w in works if (w.contestant, w.precision) == (name, precision)]
+        axes.scatter(
+            [w.flops_per_byte for w in mine],
+            [w.flops_per_s for w in mine],
+            s=22,
+            marker=shapes[precision],
+            color=COLOURS[names.index(name) % len(COLOURS)],
+            label=f"{name}, {precision}",
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("operations to a byte of weights and cache")
+    axes.set_ylabel("operations a second")
+    _plain(axes, "what was reached of the machine's limits")
+    return _encoded(figure)
+
+
+def latency(series: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> bytes:
+    """Returns a picture of milliseconds by number of tokens: a panel a kind of work, a line a contestant."""
+    columns = max(1, len(series))
+    figure = Figure(figsize=(6.5 * columns, 5), dpi=110, layout="constrained")
+    panels = figure.subplots(1, columns, squeeze=False)[0]
+    for axes, (title, lines) in zip(panels, series.items(), strict=False):
+        for n, (name, points) in enumerate(lines.items()):
+            lengths, times_ms = zip(*sorted(points), strict=True)
+            colour, style = COLOURS[n % len(COLOURS)], ("-", "--")[n // len(COLOURS) % 2]
+            axes.plot(lengths, times_ms, style, color=colour, marker="o", markersize=3, label=name)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for axis, word in ((axes.xaxis, "tokens"), (axes.yaxis, "ms")):
+            axis.set_label_text(word)
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+            axis.set_minor_locator(NullLocator())
+        _plain(axes, title)
+    return _encoded(figure)
+
+
+def _plain(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8, colors=INK)
+    axes.spines[:].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7, frameon=False)
 
 
 def history(runs: Sequence[Mapping[str, Any]]) -> bytes:

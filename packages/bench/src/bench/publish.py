@@ -139,8 +139,11 @@ def publish(results: Path, *, docs: Path, readme: Path) -> list[Path]:
 
 
 def _copied(source: Path, docs: Path) -> Sequence[Path]:
-    names = ("results.json", "results.md", "results.png")
+    optional = [name for name in ("roofline.png", "latency.png") if (source / name).exists()]
+    names = ["results.json", "results.md", "results.png", *optional]
     if source.resolve() != docs.resolve():
+        for name in ("roofline.png", "latency.png"):
+            (docs / name).unlink(missing_ok=True)  # of another run
         for name in names:
             shutil.copyfile(source / name, docs / name)
     return [docs / name for name in names]

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench import comparison, gate, machine, plot
+from bench import comparison, gate, machine, plot, shapes
 from bench.driver import Row
 from bench.peers.contestants import OURS
 from bench.workloads import Workload
@@ -132,7 +132,10 @@ def figure(row: Row) -> comparison.Spread:
 
 
 def write(report: Report, out: Path) -> list[Path]:
-    """Writes results.json, results.md and results.png to the folder `out`, and returns their paths."""
+    """Writes results.json, results.md and the pictures to the folder `out`, and returns their paths.
+
+    A picture that has nothing to show is left out, and an earlier one removed.
+    """
     results = json.dumps(report.to_dict(), indent=1) + "\n"
     # Thousands of samples: a list of numbers is one line.
     results = re.sub(r"\[[-+.\deE,\s]+\]", lambda m: " ".join(m[0].split()), results)
@@ -140,7 +143,16 @@ def write(report: Report, out: Path) -> list[Path]:
         _replace(out / "results.json", results.encode()),
         _replace(out / "results.md", markdown(report).encode()),
         _replace(out / "results.png", picture(report)),
+        *_optional(out / "roofline.png", roofline(report)),
+        *_optional(out / "latency.png", latency(report)),
     ]
+
+
+def _optional(path: Path, content: bytes | None) -> list[Path]:
+    if content is None:
+        path.unlink(missing_ok=True)
+        return []
+    return [_replace(path, content)]
 
 
 def _replace(path: Path, content: bytes) -> Path:
@@ -193,6 +205,8 @@ def markdown(report: Report) -> str:
         *(f"- {line}" for line in _circumstances(report)),
         "",
         "![How many times as fast as its peers flaxmill is](results.png)",
+        *(["![What was reached of the limits](roofline.png)"] if _works(report) else []),
+        *(["![Milliseconds by number of tokens](latency.png)"] if _latencies(report) else []),
         "",
         "| workload | " + " | ".join(COLUMNS) + " |",
         "|---|---|" + "---:|" * (len(COLUMNS) - 1),
@@ -217,6 +231,50 @@ def picture(report: Report) -> bytes:
     ]
     subtitle = "\n".join((f"{report.command}, {report.date}", *_circumstances(report)))
     return plot.png("flaxmill and its peers", subtitle, bars)
+
+
+def roofline(report: Report) -> bytes | None:
+    """Returns the picture of work under the limits; None where nothing was measured that has some."""
+    works = _works(report)
+    rates = {p: report.ceiling(f"gemm_{p}_flops_per_s") for p in shapes.WEIGHT_BYTES}
+    known = {precision: rate for precision, rate in rates.items() if rate}
+    return plot.roofline(works, known, report.ceiling("read_bytes_per_s")) if works else None
+
+
+def _works(report: Report) -> list[plot.Work]:
+    works = []
+    for row in report.rows:
+        if report.share_of_limit(row) is None:
+            continue
+        phases = row.workload.phases()
+        flops = sum(phase.times * phase.flops for phase in phases)
+        read = sum(phase.times * phase.bytes for phase in phases)
+        rate = flops / comparison.spread(row.samples).value
+        name, precision = row.workload.name, row.workload.precision
+        works.append(plot.Work(name, row.contestant, precision, flops / read, rate))
+    return works
+
+
+def latency(report: Report) -> bytes | None:
+    """Returns the picture of times by length; None where nothing was measured at several lengths."""
+    series = _latencies(report)
+    return plot.latency(series) if series else None
+
+
+def _latencies(report: Report) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Returns lengths and milliseconds by kind and model, and by contestant and precision, of several lengths each."""
+    series: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for row in report.rows:
+        work = row.workload
+        if work.kind in ("forward", "prefill") and row.turns:
+            lines = series.setdefault(f"{work.kind}, {work.shape.name}", {})
+            points = lines.setdefault(f"{row.contestant}, {work.precision}", [])
+            points.append((work.length, figure(row).value))
+    several = {
+        title: {name: points for name, points in lines.items() if len(points) > 1}
+        for title, lines in series.items()
+    }
+    return {title: lines for title, lines in several.items() if lines}
 
 
 def _absence(report: Report, row: Row) -> str:
