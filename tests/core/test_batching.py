@@ -276,6 +276,7 @@ def test_speculation_changes_nothing_but_the_number_of_steps(engine: Engine, k: 
     assert quick.counters.steps - before <= 40 / (k + 1) + 5
 
 
+@pytest.mark.slow
 def test_speculation_in_rings_takes_back_what_did_not_come_true():
     """GPT-OSS with windows of 4: guesses that are wrong must not push out what the next token sees."""
     config = tiny_gpt_oss.config(sliding_window=4, num_hidden_layers=2)

@@ -239,7 +239,7 @@ def test_long_prompts_go_through_in_chunks_and_continue_as_uncached(monkeypatch)
         assert logits_TV.argmax(-1)[: len(found.tokens)].tolist() == list(found.tokens)
 
 
-@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_decoding_makes_no_copy_of_narrow_weights(slots: int):
     """Head and embedding are 16 MB each in bfloat16; a float32 copy of either would be 32."""
     config = tiny.packed_config(vocab_size=131_072, num_hidden_layers=2, layer_types=None)

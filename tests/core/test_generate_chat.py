@@ -63,6 +63,7 @@ def test_a_record_has_the_conversation_the_channels_and_what_the_model_said(harm
     assert told["prompt_tokens"] == effort
 
 
+@pytest.mark.slow
 def test_a_model_without_channels_just_answers(tmp_path):
     ids = prompt_ids(tmp_path / "files", "chatml", TALK)
     scripted.write(tmp_path / "m", "chatml", says="Flax, é😀!<|im_end|>", after=len(ids))
