@@ -32,6 +32,9 @@ _DTYPES = {
 }
 """Of activations and cache."""
 
+_LINE = (
+    64  # columns that are turned at a time, so that what is read is used while it is in the cache
+)
 _MOST_INPUTS = (2**31 - 1) // 127**2
 """A sum of so many products of two int8s is an int32."""
 
@@ -81,7 +84,13 @@ def prepare(model: Model, params: Params, precision: str | None) -> Prepared:
         flat |= _rounded({name: x for name, x in flat.items() if _rounds(name, words[name])}, words)
     else:
         dtype = jnp.dtype(_DTYPES[precision][0])
-        flat = {name: _cast(name, x, words[name], dtype) for name, x in flat.items()}
+        names = list(flat)
+        cast = workers.each(
+            lambda name, stop: _cast(name, flat[name], words[name], dtype),
+            names,
+            threads=workers.COUNT,
+        )
+        flat = dict(zip(names, cast, strict=True))
     return Prepared(model, traverse_util.unflatten_dict(flat, sep="."), *_DTYPES[precision])
 
 
@@ -111,19 +120,29 @@ def _cast(name: str, x: Any, word: str, dtype: Any) -> Any:
     """Returns a parameter in floating point, and a narrow kernel with its output axes first, for a CPU."""
     if not name.endswith((".kernel", ".embedding")) or word == "DE":
         return x
-    inputs = _inputs(name, word)
-    turns = inputs is not None and dtype.itemsize < 4 and jax.default_backend() == "cpu"
+    inputs = _inputs(name, word) or 0
+    turns = inputs > 0 and dtype.itemsize < 4 and _is_on_one_cpu(x)
     if isinstance(x, Int8):
         return Transposed(_decoded(x, dtype, 0)) if turns else _decoded(x, dtype, inputs)
     if x.dtype == dtype:
         return x
-    return Transposed(_turned(x, dtype, inputs)) if turns else _turned(x, dtype, 0)
+    return Transposed(_turned(np.asarray(x), dtype, inputs)) if turns else x.astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _turned(x_IO: jax.Array, dtype: Any, inputs: int) -> jax.Array:
-    """Returns the array in another type, its first axes last."""
-    return jnp.moveaxis(x_IO.astype(dtype), range(inputs), range(-inputs, 0))
+def _is_on_one_cpu(x: Any) -> bool:
+    (*_, first) = jax.tree.leaves(x)
+    devices = first.sharding.device_set
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
+
+
+def _turned(x_IO: np.ndarray, dtype: Any, inputs: int) -> jax.Array:
+    """Returns a kernel in a type of two bytes, its first axes last; in NumPy, since nothing has to be compiled."""
+    shape = x_IO.shape[inputs:] + x_IO.shape[:inputs]
+    narrow_IO = x_IO.astype(dtype).view(np.uint16).reshape(math.prod(x_IO.shape[:inputs]), -1)
+    turned_OI = np.empty(narrow_IO.shape[::-1], np.uint16)
+    for o in range(0, len(turned_OI), _LINE):
+        turned_OI[o : o + _LINE] = narrow_IO[:, o : o + _LINE].T
+    return jax.device_put(turned_OI.view(dtype).reshape(shape))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
