@@ -4,11 +4,14 @@ A checkpoint appears whole or not at all (Orbax writes a temporary folder and re
 background, all but the first, which is waited for. Kept are the last few, the best by validation loss, and every K-th.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
 import jax
+from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from train.preflight import NONE_YET, TrainError, iterations
@@ -84,7 +87,8 @@ class Checkpoints:
 
     def progress(self, iteration: int) -> Progress:
         try:
-            metadata: Any = self._orbax.metadata(iteration).custom_metadata
+            with _silence():
+                metadata: Any = self._orbax.metadata(iteration).custom_metadata
             return Progress(**metadata)
         except Exception as error:  # whatever a damaged folder makes Orbax stumble over
             raise self._unreadable(iteration, error) from error
@@ -96,7 +100,8 @@ class Checkpoints:
           TrainError: the checkpoint is damaged, or holds another state than `like`.
         """
         try:
-            return owned(State(**self._orbax.load(iteration, _present(like))))
+            with _silence():
+                return owned(State(**self._orbax.load(iteration, _present(like))))
         except Exception as error:
             raise self._unreadable(iteration, error) from error
 
@@ -107,6 +112,17 @@ class Checkpoints:
             f"{self.path(iteration)}: not a checkpoint of this run that can be read "
             f"({type(error).__name__}: {str(error)[:200]}); remove it to {way_out}"
         )
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """What Orbax logs about a damaged file, tracebacks too, is in the exception that it raises."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _present(state: State) -> dict[str, Any]:
