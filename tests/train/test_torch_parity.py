@@ -25,8 +25,8 @@ pytestmark = pytest.mark.parity
 
 STEPS, T, D, N, L = 20, 64, 128, 4, 4
 GATES = {"loss": 1e-5, "grad_norm": 5e-6, "params_p999": 1e-6, "params_max": 3e-5}
-# In float64 there is little left but the constants of clipping and of erf.
-GATES_64 = {"loss": 5e-8, "grad_norm": 2e-7, "params_p999": 1e-7, "params_max": 3e-5}
+# In float64, where the trainer is nanoGPT's to 1e-15, a hundred times that.
+GATES_64 = {"loss": 1e-13, "grad_norm": 1e-13, "params_p999": 1e-14, "params_max": 1e-12}
 
 
 @dataclasses.dataclass
@@ -236,7 +236,7 @@ def test_twenty_updates_are_nanogpts(dataset, reference, bias: bool, accumulatio
     assert ours.losses[-1] < ours.losses[0] - 0.5
 
 
-def test_in_float64_twenty_updates_are_nanogpts_to_seven_digits(dataset):
+def test_in_float64_twenty_updates_are_nanogpts_to_thirteen_digits(dataset):
     torch = pytest.importorskip("torch")
     config = config_for(bias=True, accumulation=4)
     shape = shape_for(config, dataset.vocab_size)
