@@ -136,8 +136,11 @@ def test_who_is_left_out_of_a_workload_has_no_row(field):
 
 
 def test_facts_are_told_and_not_compared(field):
-    told = '{"tokens": [[1, 2]], "facts": {"slot_utilisation": 0.5}}'
-    rows = measured(field(sleeper("a", 0), sleeper("b", 0, told)), workload("decode", rounds=1))
+    one, two = (
+        sleeper(name, 0, f'{{"tokens": [[1, 2]], "facts": {{"slot_utilisation": {share}}}}}')
+        for name, share in (("a", 0.9), ("b", 0.5))
+    )
+    rows = measured(field(one, two), workload("decode", rounds=1))
     assert (rows["b"].status, rows["b"].facts) == ("measured", {"slot_utilisation": 0.5})
 
 
