@@ -265,10 +265,12 @@ inline void round_row(const float* x, int64_t I, int8_t* rounded, float& unit, i
 
 constexpr int64_t kLine = 64;
 
-// Asks for `rows` pieces of `bytes`, `stride` apart, some cache lines at a step.
+// Asks for `rows` pieces of `bytes`, `stride` apart, and then for one more elsewhere, some cache lines at a step.
 struct Ahead {
   const char* at = nullptr;
   int64_t bytes = 0, stride = 0, rows = 0;
+  const char* then = nullptr;
+  int64_t then_bytes = 0;
   int64_t begun = 0;  // of the piece at `at`
 
   template <int64_t Bytes>
@@ -279,7 +281,8 @@ struct Ahead {
     if (begun < bytes) return;
     begun = 0;
     at += stride;
-    --rows;
+    if (--rows > 0 || then_bytes <= 0) return;
+    *this = {then, then_bytes, 0, 1};
   }
 };
 
@@ -402,9 +405,12 @@ __attribute__((noinline)) void rows_block(const Task<A>& task, Ahead& ahead) {
 template <class A>
 void rows(const typename A::X* x, const typename A::Weight* w, float* y, const Shape& s, int64_t o, int64_t n, int64_t next,
           const Units* units) {
+  // One block of rows is a tile behind what it asks for; several have the time to ask for all that comes next.
+  const int64_t size = s.I * sizeof(*w), left = std::min(n, s.O - next) * size;
+  auto* here = reinterpret_cast<const char*>(w + o * s.I), *there = reinterpret_cast<const char*>(w + next * s.I);
   Ahead ahead;
-  const int64_t bytes = std::min(n, s.O - next) * s.I * int64_t(sizeof(*w));
-  if (bytes > 0) ahead = {reinterpret_cast<const char*>(w + next * s.I), bytes, bytes, 1};
+  if (s.R > kRows) ahead = {there, left, 0, left > 0};
+  else if (n > kOutputs) ahead = {here + kOutputs * size, (n - kOutputs) * size, 0, 1, there, std::min(left, kOutputs * size)};
   blocks_of_rows(s.R, [&](auto rows, int64_t r) INLINED {
     Task<A> task{x + r * s.I, w + o * s.I, y + r * s.O + o, s, n, 0, s.I, r * s.I / s.R, (r + rows) * s.I / s.R, units, r, o};
     rows_block<A, decltype(rows)::value>(task, ahead);
