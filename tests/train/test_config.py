@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,13 @@ def test_every_nanogpt_key_is_there_with_its_default():
     assert len(NANOGPT_DEFAULTS) == 33
     ours = TrainConfig().to_dict()
     assert {key: ours.get(key) for key in NANOGPT_DEFAULTS} == NANOGPT_DEFAULTS
+
+
+def test_every_key_is_explained():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    table = page[page.index("## Configuration") : page.index("## What a run leaves")]
+    unexplained = [key for key in TrainConfig().to_dict() if f"`{key}`" not in table]
+    assert unexplained == []
 
 
 def test_a_dict_makes_the_same_config_again():
