@@ -96,10 +96,11 @@ def test_a_ring_and_a_sink(window: int):
     np.testing.assert_allclose(found, in_float64(case, sinks_N, 0, window), atol=2e-6)
 
 
+@pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_query_has_the_same_bits_alone_and_among_any_others(dtype: Any):
+def test_a_query_has_the_same_bits_alone_and_among_any_others(dtype: Any, window: int | None):
     case = a_case(3, 5, 4, 2, 300, 24, [0, 61, 290], dtype=dtype)
-    together = np.asarray(attend(case).astype(jnp.float32))
+    together = np.asarray(attend(case, window=window).astype(jnp.float32))
     for b, t in np.ndindex(3, 5):
         one = Case(
             case.q_BTNH[b : b + 1, t : t + 1],
@@ -107,11 +108,12 @@ def test_a_query_has_the_same_bits_alone_and_among_any_others(dtype: Any):
             case.starts_B[b : b + 1] + t,
             jnp.ones(1, jnp.int32),
         )
-        alone = attend(one, None, jnp.full((), b, jnp.int32)).astype(jnp.float32)
-        np.testing.assert_array_equal(alone[0, 0], together[b, t])
+        alone = attend(one, None, jnp.full((), b, jnp.int32), window=window)
+        np.testing.assert_array_equal(alone[0, 0].astype(jnp.float32), together[b, t])
     # One head alone has no other queries to share widened keys with.
     single = case._replace(q_BTNH=case.q_BTNH[:, :1, ::2], lengths_B=jnp.ones(3, jnp.int32))
-    np.testing.assert_array_equal(attend(single).astype(jnp.float32)[:, 0], together[:, 0, ::2])
+    found = attend(single, window=window).astype(jnp.float32)[:, 0]
+    np.testing.assert_array_equal(found, together[:, 0, ::2])
 
 
 @pytest.mark.parametrize("window", [None, 40])

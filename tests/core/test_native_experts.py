@@ -1,5 +1,6 @@
 """Native experts against every pair of a row and an expert in float64, and the bits of a row whoever is beside it."""
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -12,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tiny_gpt_oss
 from core import moe, native
 from core.errors import NativeError
+from core.models import gpt_oss
 from core.native import build
 from core.quant import MXFP4
 
@@ -209,6 +212,22 @@ def test_a_choice_that_is_no_expert_gives_nothing():
     assert not found_RD[1].any()
     one = x_RD[2:3], weights_RC[2:3, 1:], chosen_RC[2:3, 1:]
     np.testing.assert_array_equal(found_RD[2:3], mixed(*one, experts))
+
+
+@pytest.mark.parametrize("serving", [False, True])
+def test_padding_chooses_nobody(serving: bool):
+    """Or it would cost the reading of its experts: 15 idle slots of 16 as much as 15 tokens."""
+    config = tiny_gpt_oss.packed_config()
+    mixture = gpt_oss.MoE(config)
+    x_BTD = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4, 64)), jnp.float32)
+    params = mixture.init(jax.random.key(0), x_BTD)
+    params["params"]["down"]["bias"] += 1
+    with native.serving() if serving else contextlib.nullcontext():
+        apply = jax.jit(lambda lengths: mixture.apply(params, x_BTD, lengths))
+        every_BTD, found_BTD = apply(None), np.array(apply(jnp.array([0, 4, 1])))
+    is_token_BT = np.arange(4)[None] < np.array([0, 4, 1])[:, None]
+    assert not found_BTD[~is_token_BT].any()
+    np.testing.assert_array_equal(found_BTD[is_token_BT], np.asarray(every_BTD)[is_token_BT])
 
 
 def test_the_kernel_serves_and_nothing_else_does():

@@ -100,7 +100,7 @@ class Block(nn.Module):
         y_BTD, cached = attention(y_BTD, positions_BT, turns, past, lengths_B, dropout_key)
         x_BTD = stream(x_BTD + residual(y_BTD), past)
         y_BTD = RMSNorm(self.config, name="norm_2")(x_BTD)
-        y_BTD = residual(MoE(self.config, name="moe")(y_BTD))
+        y_BTD = residual(MoE(self.config, name="moe")(y_BTD, lengths_B))
         return stream(x_BTD + y_BTD, past), cached
 
 
@@ -139,13 +139,14 @@ class Attention(nn.Module):
 class MoE(nn.Module):
     """A router, and of E experts the few that it chooses for each token.
 
-    What the router says is sown as the intermediate "router_logits", [B T, E]: training balances it.
+    What the router says is sown as the intermediate "router_logits", [B T, E]: training balances it. With `lengths_B`,
+    so many of each row's T are tokens; the rest is padding, which chooses nobody and gets zeros.
     """
 
     config: GptOssConfig
 
     @nn.compact
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD, lengths_B=None):
         config = self.config
         D, F, E = (config.axes[axis] for axis in "DFE")
         x_RD = x_BTD.reshape(-1, D)
@@ -153,6 +154,9 @@ class MoE(nn.Module):
         logits_RE = moe.router_logits(x_RD, *router)
         self.sow("intermediates", "router_logits", logits_RE)
         weights_RC, chosen_RC = moe.route(logits_RE, config.num_experts_per_tok)
+        if lengths_B is not None:
+            is_token_BT = jnp.arange(x_BTD.shape[1])[None] < lengths_B[:, None]
+            chosen_RC = jnp.where(is_token_BT.reshape(-1, 1), chosen_RC, -1)
         packed, std = config.quantization is not None, config.initializer_range
         experts = moe.Experts(
             *Kernel((E, D, F, 2), (E, F, 2), std, packed, name="gate_up")(),
