@@ -234,7 +234,8 @@ def test_packed_experts_stay_packed_and_routers_as_they_are(wanted: str, toleran
     sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1}
     config = tiny_gpt_oss.config(quantization="mxfp4", layer_types=None, **sizes)
     model = models.build(config)
-    params, tokens_BT = model.init(jax.random.key(0)), tiny.tokens(config, 2, 9)
+    params = tiny_gpt_oss.params(tiny_gpt_oss.weights(config, amplify=1))
+    tokens_BT = tiny.tokens(config, 2, 9)
     expected = logits_of(prepare(model, params, None), tokens_BT)
     prepared = prepare(model, params, wanted)
     before, after = flatten(params), flatten(prepared.params)

@@ -30,7 +30,6 @@ from train.prepare import prepare
 from train.step import State, next_tokens
 from training_runs import different_arrays, last_arrays, last_state, timeless_rows
 
-
 mean_loss = jax.jit(core.loss, static_argnums=1)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tiny
 import training_runs
 from core.config import GPT2Config
 from core.models import build
@@ -43,7 +44,7 @@ def update(config: TrainConfig):
 
 @pytest.fixture(scope="module")
 def params():
-    return MODEL.init(jax.random.key(1))
+    return tiny.params(MODEL, amplify=1)
 
 
 def test_a_scale_that_overflows_halves_until_updates_are_made_and_doubles_after_three(params):
