@@ -83,7 +83,9 @@ def test_products_are_those_of_float64(form: tuple[str, str, int], R: int, I: in
     I=st.integers(0, 150),
     O=st.integers(1, 120),
 )
-@hypothesis.settings(max_examples=25)
+@hypothesis.example(form=FORMS[0], R=2, I=0, O=3)
+@hypothesis.example(form=FORMS[1], R=0, I=3, O=2)
+@hypothesis.settings(max_examples=20)
 def test_any_sizes_will_do(form: tuple[str, str, int], R: int, I: int, O: int):
     hypothesis.assume(I > 0 or form[0] != "rounded")
     assert_is_the_product(form, *a_case(form, R, I, O))
