@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh
 
 import tiny
 import tiny_gpt_oss
-from core import build, checkpoint, sharding
+from core import checkpoint, sharding
 from core.config import PRESETS
 from core.errors import ConfigError
 
