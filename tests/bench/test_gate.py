@@ -51,6 +51,12 @@ def test_what_was_not_measured_is_not_judged_and_says_so(rows, reason):
     assert (found.outcome, found.reason) == ("not judged", reason)
 
 
+def test_a_peer_that_the_suite_leaves_out_is_not_missed():
+    workload = dataclasses.replace(WORKLOAD, without=("peer",))
+    ours = dataclasses.replace(row(OURS, 1), workload=workload)
+    assert gate.judge([ours], [Threshold(WORKLOAD.name, "peer", 1)]) == []
+
+
 def used(*peaks_mb: float | None) -> tuple[Usage, ...]:
     return tuple(
         Usage(

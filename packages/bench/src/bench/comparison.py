@@ -14,8 +14,8 @@ TOLERANCE = 1e-3
 # Of the root mean square of the differences to that of the numbers themselves, where fewer bits are computed with.
 RELATIVE_TOLERANCE = {"bfloat16": 0.25, "int8": 0.5}
 # How far below the best token's logit a greedy choice may lie, in standard deviations of the logits: what rounding
-# can do (llama.cpp has GELU from a table in float16: 0.0017 in its float32; transformers in bfloat16: 0.28), and no wrong
-# model: a token taken at random lies four below, and one such is enough.
+# can do (llama.cpp has GELU from a table in float16: 0.0017 in its float32; transformers in bfloat16: 0.28), and no
+# wrong model: a token taken at random lies four below, and one such is enough.
 SHORTFALL = {"float32": 0.02, "bfloat16": 1.0, "int8": 2.0}
 
 

@@ -107,13 +107,15 @@ def load(path: Path = THRESHOLDS) -> tuple[Rule, ...]:
 
 
 def judge(rows: Sequence[Row], thresholds: Sequence[Rule]) -> list[Verdict]:
-    """Returns a verdict for each workload in `rows` that a rule speaks of."""
+    """Returns a verdict for each workload in `rows` that a rule speaks of, if its peer was not left out on purpose."""
     by_name = {(row.workload.name, row.contestant): row for row in rows}
+    workloads = {row.workload.name: row.workload for row in rows}
     return [
         _verdict(name, threshold, by_name)
-        for name in dict.fromkeys(row.workload.name for row in rows)
+        for name, workload in workloads.items()
         for threshold in thresholds
         if re.fullmatch(threshold.workload, name)
+        and getattr(threshold, "against", OURS) not in workload.without
     ]
 
 

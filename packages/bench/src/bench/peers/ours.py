@@ -208,8 +208,9 @@ class Serve(Generate):
 
     def outputs(self) -> Mapping[str, Any]:
         rows = super().outputs()["tokens"]
-        did = self.engine.counters
-        used = did.tokens / (did.steps * self.engine.slots)
+        did = self.engine.counters  # of one call
+        # A request's first token is drawn when it comes into its slot, before the next step.
+        used = (did.tokens - len(rows)) / (did.steps * self.engine.slots)
         told = {"counts": [sum(map(len, rows))], "facts": {"slot_utilisation": used}}
         return told if self.is_even else {**told, "tokens": rows}
 
