@@ -240,19 +240,18 @@ def test_auto_begins_anew_what_left_a_model_but_no_checkpoint(config: TrainConfi
 @pytest.mark.parametrize("removed", ["checkpoints", "checkpoints/*"])
 @pytest.mark.parametrize("was_killed", [True, False])
 def test_auto_keeps_the_model_of_a_run_whose_checkpoints_were_removed(
-    config: TrainConfig, removed: str, was_killed: bool
+    smallest: TrainConfig, removed: str, was_killed: bool
 ):
-    config = dataclasses.replace(config, gradient_accumulation_steps=1)
-    first = run(config, max_iters=1)
+    first = run(smallest, max_iters=1)
     for path in list(first.out_dir.glob(removed)):
         shutil.rmtree(path)
     if was_killed:
         (first.out_dir / "loss.png").unlink()
     with pytest.raises(train.TrainError, match=r"has a model but .* init_from=.*out/model and"):
-        run(config, init_from="auto", max_iters=1)
+        run(smallest, init_from="auto", max_iters=1)
     core.load(first.model_dir)
     assert len(first.rows()) == 4
-    again = run(config, init_from="auto", max_iters=0, overwrite=True)
+    again = run(smallest, init_from="auto", max_iters=0, overwrite=True)
     assert [row["iter"] for row in again.rows()] == [0, 0]
 
 
