@@ -57,8 +57,9 @@ B, T, D, V = 3, 10, 8, 37
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_loss_of_a_few_positions_at_a_time_is_that_of_all(chunk: int | None, dtype: Any):
     x, head = draws(B, T, D).astype(dtype), draws(V, D, seed=1)
-    targets = np.random.default_rng(2).integers(0, V, (B, T))
-    targets[1, 7:] = -1
+    drawn = np.random.default_rng(2).integers(0, V, (B, T))
+    drawn[1, 7:] = -1
+    targets = jnp.asarray(drawn)
 
     def ours(x: jax.Array, head: jax.Array) -> jax.Array:
         return 3 * losses.unembedded_cross_entropy(x, head, targets, chunk)
@@ -79,11 +80,14 @@ def test_the_loss_of_a_few_positions_at_a_time_is_that_of_all(chunk: int | None,
 def test_no_more_logits_than_a_chunk_s_are_ever_formed():
     """As compiled: the temporaries of 64 positions at a time, of 1,024, take under a seventh of those of all."""
     x, head = jnp.zeros((4, 1024, 16)), jnp.zeros((2048, 16))
-    targets = np.zeros((4, 1024), np.int32)
+    targets = jnp.zeros((4, 1024), jnp.int32)
 
     def temporaries(chunk: int | None) -> int:
-        grads = jax.grad(lambda *a: losses.unembedded_cross_entropy(*a, targets, chunk), (0, 1))
-        return jax.jit(grads).lower(x, head).compile().memory_analysis().temp_size_in_bytes
+        grads = jax.grad(
+            lambda x, head: losses.unembedded_cross_entropy(x, head, targets, chunk), (0, 1)
+        )
+        sizes: Any = jax.jit(grads).lower(x, head).compile().memory_analysis()
+        return sizes.temp_size_in_bytes
 
     whole, few = temporaries(None), temporaries(64)
     assert whole > 4 * 1024 * 2048 * 4

@@ -49,7 +49,7 @@ def params():
 
 def test_a_scale_that_overflows_halves_until_updates_are_made_and_doubles_after_three(params):
     state = step.initial_state(params, dataclasses.replace(CONFIG, loss_scale=2.0**40))
-    scales, kept = [], []
+    scales, kept, numbers = [], [], {}
     for _ in range(60):
         before, learn = state, update(CONFIG)
         state, numbers = learn(state, tokens(4), np.float32(3e-3), None)
