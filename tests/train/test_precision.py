@@ -85,6 +85,7 @@ def test_a_scale_that_would_be_infinite_stays():
         assert state.scale == expected
 
 
+@pytest.mark.slow
 def test_a_float16_run_reports_its_scale_and_resumes_to_the_same_bits(config, tmp_path):
     config = dataclasses.replace(
         config,
