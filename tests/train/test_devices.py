@@ -175,8 +175,9 @@ def test_a_process_that_dies_ends_the_others_and_a_signal_to_one_ends_all(
             second.send_signal(number)
             codes = [process.wait(timeout=90) for process in (first, second)]
         finally:
-            first.kill()
-            second.kill()
+            for process in (first, second):
+                process.kill()
+                process.communicate()  # closes its pipes
         assert codes[0] == 0 if expected == 0 else codes[0] != 0
         assert codes[1] == (0 if expected == 0 else -number)
     checkpoints = preflight.iterations(tmp_path / "SIGTERM" / "checkpoints")
