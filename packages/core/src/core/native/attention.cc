@@ -264,7 +264,7 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
     using Number = decltype(number);
     Run(pool, sizes, static_cast<const Query*>(q.untyped_data()), static_cast<const Number*>(k.untyped_data()),
         static_cast<const Number*>(v.untyped_data()), positions.typed_data(), lengths.typed_data(),
-        first_row.typed_data()[0], sinks.element_count() ? sinks.typed_data() : nullptr,
+        std::clamp<int64_t>(first_row.typed_data()[0], 0, cache[0] - of[0]), sinks.element_count() ? sinks.typed_data() : nullptr,
         static_cast<Query*>(out->untyped_data()));
   };
   bool narrow_q = q.element_type() == ffi::BF16, narrow_k = k.element_type() == ffi::BF16;
