@@ -27,6 +27,8 @@ namespace ffi = xla::ffi;
 // Rows of a tile. With kVectors of an arithmetic, at most 24 registers of 32, or 12 of 16, accumulate.
 constexpr int kRows = W == 8 ? 4 : 8;
 constexpr int kOutputs = 3;  // of a tile of an [O, I] matrix
+// For fewer rows an [I, O] matrix is read nearly as it lies: more columns, fewer rows of it at a time.
+constexpr int64_t kFewRows = 4;
 
 struct Shape {
   int64_t R, I, O;
@@ -348,8 +350,7 @@ __attribute__((noinline)) void columns_block(const Task<A>& task, Ahead& ahead) 
 template <class A>
 void columns(const typename A::X* x, const typename A::Weight* w, float* y, const Shape& s, int64_t o, int64_t n, int64_t next) {
   constexpr int64_t size = sizeof(*w);
-  // Of one row the sums come and go quickly, and the matrix is best read nearly as it lies.
-  const int64_t height = s.R < 4 ? 16 : 64;
+  const int64_t height = s.R < kFewRows ? 8 : 64;
   for (int64_t begin = 0; begin < s.I; begin += height) {
     const int64_t end = std::min(begin + height, s.I);
     const bool last = end == s.I;
@@ -433,10 +434,10 @@ template <class A>
 void multiply(ffi::ThreadPool& pool, const typename A::X* x, ffi::AnyBuffer matrix, float* y, const Shape& s, int64_t axis,
               const Units* units = nullptr) {
   const auto* w = static_cast<const typename A::Weight*>(matrix.untyped_data());
-  // Outputs at a time: 1.5 KB of each row of an [I, O] matrix, 64 KB of whole rows of an [O, I] one.
+  // Outputs at a time: 1.5 or 3 KB of each row of an [I, O] matrix, 64 KB of whole rows of an [O, I] one.
   if constexpr (A::kWidth > 0)
     if (axis == 0)
-      return cut(pool, s.O, A::kWidth, 1536 / (A::kWidth * sizeof(*w)), [&](int64_t o, int64_t n, int64_t next) {
+      return cut(pool, s.O, A::kWidth, (s.R < kFewRows ? 3072 : 1536) / (A::kWidth * sizeof(*w)), [&](int64_t o, int64_t n, int64_t next) {
         columns<A>(x, w, y, s, o, n, next);
       });
   cut(pool, s.O, kOutputs, 65536 / (kOutputs * s.I * sizeof(*w) + 1), [&](int64_t o, int64_t n, int64_t next) {
