@@ -219,6 +219,18 @@ def test_an_engine_that_failed_forgets_what_ran_and_serves_the_next(engine: Engi
     assert broken.complete(MENU[:3]) == alone[:3]
 
 
+def test_a_stream_that_another_caller_s_failure_lost_says_so(engine: Engine):
+    shared = Engine(engine.model, engine.params, engine.tokenizer, slots=3, chunk=CHUNK)
+    stream = shared.stream(MENU[:3])
+    next(stream)
+    shared._deliver = None  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(TypeError):
+        shared.complete(MENU[3:4])
+    del shared._deliver
+    with pytest.raises(EngineError, match="failed for another caller"):
+        list(stream)
+
+
 def test_a_ticket_is_cancelled_once_and_gives_what_there_is(small: Engine, alone):
     a, b, c, d = sorted(range(len(MENU)), key=lambda i: len(alone[i].tokens))[-4:]
     tickets = {i: small.submit(MENU[i]) for i in (a, b, c, d)}

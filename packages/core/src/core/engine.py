@@ -85,6 +85,8 @@ class Engine:
     ):
         if slots < 1:
             raise ValueError(f"slots is {slots}; expected 1 or more")
+        if length is not None and length < 1:
+            raise ValueError(f"length is {length}; expected 1 or more, or None")
         if not 0 <= speculation < FEW:
             raise ValueError(f"speculation is {speculation}; expected 0 (off) to {FEW - 1}")
         self.tokenizer, self.slots = tokenizer, slots
@@ -178,8 +180,8 @@ class Engine:
 
         No event of it follows, those that `step` has not given yet included.
         """
-        for row in [*self._line, *filter(None, self._rows)]:
-            if row.inbox is self._inbox and row.number == ticket:
+        for row in self._of(self._inbox):
+            if row.number == ticket:
                 for event in [e for e in self._inbox if e.request == ticket]:
                     self._inbox.remove(event)
                 return self._cancel(row)
@@ -295,11 +297,12 @@ class Engine:
                     ended += event.result is not None
                     yield event
                 if taken > ended:
+                    if not self._of(inbox):
+                        raise EngineError("the engine failed for another caller, and lost this one")
                     self._advance(steps)
         finally:
-            for row in [*self._line, *filter(None, self._rows)]:
-                if row.inbox is inbox:
-                    self._cancel(row)
+            for row in self._of(inbox):
+                self._cancel(row)
 
     def _enqueue(
         self, request: Request, default_id: str, inbox: "_Inbox", number: Callable[[int], int]
@@ -328,6 +331,10 @@ class Engine:
         self._state: State | None = None
         self._line: collections.deque[_Row] = collections.deque()
         self._rows: list[_Row | None] = [None] * self.slots
+
+    def _of(self, inbox: "_Inbox") -> "list[_Row]":
+        """Returns what waits or runs for one caller."""
+        return [row for row in (*self._line, *self._rows) if row and row.inbox is inbox]
 
     def _cancel(self, row: "_Row") -> Completion:
         if row in self._line:
