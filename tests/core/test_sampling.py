@@ -314,6 +314,7 @@ def test_an_impossible_setting_is_one_error_that_names_it(field, value):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
+        ({"min_new_tokens": 2**31, "max_new_tokens": 2**31}, "min_new_tokens is 2147483648; exp"),
         ({"logit_bias": {-1: 1.0}}, "logit_bias holds (-1, 1.0); expected a token id and its bias"),
         ({"logit_bias": {"7": 1.0}}, "logit_bias holds ('7', 1.0); expected a token id"),
         ({"logit_bias": ((1, 2.0), (1, 3.0))}, "logit_bias holds 1 twice; expected each"),

@@ -78,8 +78,8 @@ class Sampling:
             (
                 "min_new_tokens",
                 int,
-                0 <= _number(self.min_new_tokens) <= _number(self.max_new_tokens),
-                f"0 or more, at most max_new_tokens ({self.max_new_tokens})",
+                0 <= _number(self.min_new_tokens) <= min(_number(self.max_new_tokens), 2**31 - 1),
+                f"0 or more, at most max_new_tokens ({self.max_new_tokens}), below 2**31",
             ),
             ("seed", int, 0 <= _number(self.seed) < 2**63, "between 0 and 2**63 - 1"),
         ]
