@@ -116,6 +116,8 @@ def test_what_cannot_be_measured_is_an_error(folder: Path, tmp_path: Path):
     for tokens, told in (([], "has 0 tokens"), ([3], "has 1 tokens"), ([3, 97], "token 97 is out")):
         with pytest.raises(QualityError, match=told):
             measure(model, {}, tokens, ["int8"], window=8, stride=8)
+    with pytest.raises(QualityError, match="a window of 1 tokens predicts nothing"):
+        measure(model, {}, [3, 4], ["int8"], window=1, stride=1)
     text = tmp_path / "text"
     text.write_bytes(b"\xff\xfe")
     assert "cannot be read" in run(folder, f"--text={text}", code=1).stderr

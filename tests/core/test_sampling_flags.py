@@ -1,5 +1,7 @@
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -73,6 +75,26 @@ for argument in sys.argv[1:]:
     assert len(found) == len(told), done.stderr
     for line, start in zip(found, told.values(), strict=True):
         assert line.startswith(start)
+
+
+def test_a_prompt_that_cannot_be_read_is_one_line(tmp_path: Path):
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000)
+    command = [sys.executable, "-m", "core.generate", "--model=nowhere"]
+    for flag, stdin, code, told in (
+        (f"--prompt_tokens=FILE:{deep}", b"", 2, "is no list of token ids: maximum recursion"),
+        ("--prompt=-", b"\xff", 1, "error: the prompt on stdin cannot be read: 'utf-8' codec"),
+    ):
+        done = subprocess.run(
+            [*command, flag],
+            input=stdin,
+            capture_output=True,
+            check=False,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        )
+        lines = done.stderr.decode().splitlines()
+        assert (done.returncode, len(lines)) == (code, 1)
+        assert told in lines[0]
 
 
 @pytest.mark.parametrize(

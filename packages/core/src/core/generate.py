@@ -318,8 +318,17 @@ def _score(score: "TokenScore") -> dict[str, Any]:
 
 def _text(argument: str) -> str:
     if argument == "-":
-        return sys.stdin.read()
+        return _stdin()
     return _file(argument) if argument.startswith("FILE:") else argument
+
+
+def _stdin() -> str:
+    if sys.stdin is None:
+        raise PromptError("there is no stdin to read the prompt from")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise PromptError(f"the prompt on stdin cannot be read: {error}") from error
 
 
 def _tokens(argument: str) -> list[int]:
@@ -327,7 +336,7 @@ def _tokens(argument: str) -> list[int]:
         if argument.startswith("FILE:"):
             return [_int(value) for value in _array(json.loads(_file(argument)))]
         return [int(value) for value in argument.split(",") if value.strip()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise door.Usage(f"--prompt_tokens={argument} is no list of token ids: {error}") from error
 
 

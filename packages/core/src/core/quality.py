@@ -120,7 +120,7 @@ def measure(
       on_tokens: told how many tokens have just been scored.
 
     Raises:
-      QualityError: there are not two tokens, or one is not in the vocabulary.
+      QualityError: there are not two tokens in the text or a window, or one is not in the vocabulary.
     """
     import numpy as np
 
@@ -129,6 +129,8 @@ def measure(
     vocab_size = model.config.vocab_size
     if len(tokens) < 2:
         raise QualityError(f"the text has {len(tokens)} tokens; one is predicted from another")
+    if window < 2:
+        raise QualityError(f"a window of {window} tokens predicts nothing; it needs 2 or more")
     if wrong := [t for t in tokens if not 0 <= t < vocab_size]:
         raise QualityError(f"token {wrong[0]} is outside the model's vocabulary of {vocab_size}")
     reference = prepare(model, params, REFERENCE)
