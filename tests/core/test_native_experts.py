@@ -205,6 +205,15 @@ def test_what_is_no_number_stays_in_its_row():
     np.testing.assert_array_equal(np.delete(found_RD, 2, 0), np.delete(clean_RD, 2, 0))
 
 
+def test_a_gate_that_is_no_number_is_not_taken_for_the_limit():
+    """Of an infinite input, a zero weight makes a NaN in the gate alone; up is the limit."""
+    gate_up_EDF2 = jnp.zeros((1, 1, 1, 2)).at[..., 1].set(1)
+    zeros = jnp.zeros((1, 1, 2)), jnp.ones((1, 1, 1)), jnp.zeros((1, 1))
+    experts = moe.Experts(gate_up_EDF2, *zeros)
+    one_11 = jnp.ones((1, 1))
+    assert np.isnan(mixed(jnp.inf * one_11, one_11, jnp.zeros((1, 1), jnp.int32), experts)).all()
+
+
 def test_a_choice_that_is_no_expert_gives_nothing():
     x_RD, weights_RC, chosen_RC, experts = a_case(4, 32, 32, 3, 2, MXFP4, jnp.float32)
     chosen_RC = chosen_RC.at[1].set(jnp.array([-1, 3], jnp.int32)).at[2, 0].set(2**30)
