@@ -74,7 +74,12 @@ def test_the_table_names_both_runs_and_other_processors(capsys):
         assert text in shown
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": [1]}', '{"rows": []}'])
+NOTHING_IN_NO_TIME = json.dumps(results(row("a", OURS, figure=(0, 0, 0), unit="s")))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"rows": [1]}', '{"rows": []}', "[" * 100_000, NOTHING_IN_NO_TIME]
+)
 def test_a_file_without_results_is_named(tmp_path, text):
     path = tmp_path / "results.json"
     path.write_text(text)

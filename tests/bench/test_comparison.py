@@ -78,3 +78,4 @@ def test_only_what_both_have_is_compared():
 def test_the_worst_token_decides():
     assert judged([0.0, 0.2], "bfloat16").difference == 0.2
     assert judged([0.0, 1.1, 0.0], "bfloat16").complaint
+    assert judged([0.1, math.nan, 0.0], "bfloat16").complaint

@@ -6,6 +6,7 @@ have them; where no peer was measured, our own figures are, which is fair on one
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -67,7 +68,7 @@ def read(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
         _figures(found)
         _title(found, found)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         kind = type(error).__name__
         raise CompareError(
             f"{path} is no results.json of the benchmark ({kind}: {error})"
@@ -115,7 +116,10 @@ def _figures(results: Mapping[str, Any]) -> dict[tuple[str, str | None], Range]:
 
 
 def _range(spread: Mapping[str, float]) -> Range:
-    return Range(*(float(spread[name]) for name in ("value", "low", "high")))
+    found = Range(*(float(spread[name]) for name in ("value", "low", "high")))
+    if not all(0 < x < math.inf for x in (found.low, found.value, found.high)):
+        raise ValueError(f"{found} is no speed")
+    return found
 
 
 def show(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:

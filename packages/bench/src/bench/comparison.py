@@ -111,7 +111,7 @@ def judged(shortfalls: Sequence[float], precision: str) -> Agreement:
 
     Two that round differently may choose differently where two tokens are close, and go different ways from there.
     """
-    worst = max(shortfalls)
+    worst = math.nan if any(map(math.isnan, shortfalls)) else max(shortfalls)
     if not worst <= SHORTFALL[precision]:
         return Agreement(worst, f"a token lies {worst:.2g} deviations below the likeliest one")
     return Agreement(worst)
