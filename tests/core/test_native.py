@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from core import native
+import tiny
+from core import models, native
+from core.engine import Engine
 from core.errors import NativeError
 from core.native import build
 
@@ -181,3 +183,13 @@ def test_serving_is_for_what_is_traced_inside_on_one_device(real: Path):
             assert not native.is_serving()
     traced()
     assert seen == [False, True]  # and the third is the first one again
+
+
+def test_an_engine_that_cannot_have_what_is_asked_for_fails_before_there_are_requests(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    model = models.build(tiny.config(n_layer=1))
+    params = tiny.params(model)
+    monkeypatch.setenv("FLAXMILL_NATIVE", "sometimes")
+    with pytest.raises(NativeError, match="it is one of auto, off, require"):
+        Engine(model, params, slots=1)

@@ -15,15 +15,29 @@ def keep(where: str = "auto") -> None:
     """Lets JAX keep compiled programs on the disk, unless the environment says already where (or `where` is "off").
 
     Args:
-      where: "off", a folder, or "auto" for one in the user's cache. Programs for a CPU are for that very kind, so its
-        name is part of the latter's path.
+      where: "off", a folder, or "auto" for one in the user's cache, if it can be written to. Programs for a CPU are for
+        that very kind, so its name is part of the latter's path.
     """
     if where == "off" or jax.config.values["jax_compilation_cache_dir"]:
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "flaxmill" / "compiled" / _kind_of_machine() if where == "auto" else where
+    folder = _own() if where == "auto" else where
+    if folder is None:
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING_S)
+
+
+def _own() -> Path | None:
+    """Returns a folder in the user's cache; None where nothing can be written to it."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111
+    folder = home / "flaxmill" / "compiled" / _kind_of_machine()
+    if not folder.is_absolute():  # no home, or a path that the standard ignores
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 @functools.cache

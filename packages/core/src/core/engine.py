@@ -66,6 +66,7 @@ class Engine:
     Raises:
       EngineError: the slots take more memory than there is.
       ConfigError, CheckpointError: the model cannot be in that precision.
+      NativeError: native kernels are required, and cannot be had.
     """
 
     def __init__(
@@ -118,6 +119,8 @@ class Engine:
         self._tickets = 0
         self._inbox: _Inbox = collections.deque()
         self._mesh = sharding.mesh_of(self.params)
+        with self._serving():
+            native.is_serving()  # compiles and loads them, or fails, before there are requests
         self._check_memory()
         self._reset()
 
@@ -346,13 +349,18 @@ class Engine:
 
     def _advance(self, steps: int) -> None:
         """Fills free slots, decodes once, and delivers what came out; what runs is lost if that fails."""
-        mesh = contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
         try:
-            with mesh, native.serving():
+            with self._serving():
                 self._go_on(steps)
         except BaseException:
             self._reset()
             raise
+
+    @contextlib.contextmanager
+    def _serving(self) -> Iterator[None]:
+        mesh = contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+        with mesh, native.serving():
+            yield
 
     def _go_on(self, steps: int) -> None:
         if self._state is None:
