@@ -11,6 +11,7 @@ import pytest
 
 import core
 from serve_batch.host import WAITING_PER_SLOT, EngineHost
+from serve_batch.plan import JobError
 
 SAMPLED = core.Sampling(max_new_tokens=6, temperature=0.9, seed=3)
 
@@ -67,6 +68,15 @@ def test_requests_are_taken_as_they_are_needed(host: EngineHost):
     assert next(taken) <= 50 + 4 * WAITING_PER_SLOT + 1
     results.close()  # pyright: ignore[reportAttributeAccessIssue]
     assert len(list(host.complete(requests(0, 5)))) == 5
+
+
+def test_when_the_model_is_closed_all_who_wait_are_told_and_all_who_come(host: EngineHost):
+    results = host.complete(requests(0, 400))
+    next(results)
+    host.close()
+    for later in (results, host.complete(requests(0, 1))):
+        with ThreadPoolExecutor(1) as pool, pytest.raises(JobError, match="closed"):
+            pool.submit(list, later).result(timeout=20)
 
 
 def test_when_the_engine_dies_all_who_wait_are_told_and_all_who_come(

@@ -84,7 +84,7 @@ class EngineHost:
                 self._arrivals.put(_Leaving(call))
 
     def close(self) -> None:
-        """Lets go of the model; nobody may wait for anything any more."""
+        """Lets go of the model; who waits, or comes later, is told."""
         self._arrivals.put(None)
 
     def _ask(self, key: K, request: core.Request | E, call: "_Call") -> "_Awaited[K, E]":
@@ -108,6 +108,7 @@ class EngineHost:
                 while not self._arrivals.empty() or not self._engine.busy:
                     who = self._arrivals.get()
                     if who is None:
+                        self._end(JobError("the model was closed: this process has another"), open_)
                         return
                     self._let_in(who, open_)
                 for event in self._engine.step(decode.STEPS):
@@ -115,14 +116,17 @@ class EngineHost:
                         arrival = open_.pop(event.request)
                         arrival.call.results.put((arrival.awaited, event.result))
         except BaseException as error:
-            with self._starting:  # nobody arrives any more
-                self.broken = error
-            while not self._arrivals.empty():
-                last = self._arrivals.get()
-                if isinstance(last, _Arrival):
-                    open_[-len(open_) - 1] = last
-            for arrival in open_.values():
-                arrival.call.results.put((arrival.awaited, error))
+            self._end(error, open_)
+
+    def _end(self, error: BaseException, open_: "dict[int, _Arrival]") -> None:
+        with self._starting:  # nobody arrives any more
+            self.broken = error
+        while not self._arrivals.empty():
+            last = self._arrivals.get()
+            if isinstance(last, _Arrival):
+                open_[-len(open_) - 1] = last
+        for arrival in open_.values():
+            arrival.call.results.put((arrival.awaited, error))
 
     def _let_in(self, who: "_Arrival | _Leaving", open_: "dict[int, _Arrival]") -> None:
         if isinstance(who, _Leaving):
