@@ -66,6 +66,14 @@ def test_what_only_one_run_has_is_told():
     assert [(c.workload, c.outcome) for c in found] == [("v", "new"), ("w", "gone")]
 
 
+def test_a_name_in_brackets_is_no_markup(capsys):
+    run = results(row("decode[/b]", "peer", speedup=(2, 1.9, 2.1))) | {"command": "bench [a-z]"}
+    compare.show(run, run)
+    shown = capsys.readouterr().out
+    assert "decode[/b]" in shown
+    assert "bench [a-z]" in shown
+
+
 def test_the_table_names_both_runs_and_other_processors(capsys):
     peer = row("decode", "peer", speedup=(2, 1.9, 2.1))
     compare.show(results(peer), results(peer, cpu="other"))

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bench.peers.contestants import OURS
 from core.errors import FlaxmillError
@@ -126,14 +127,16 @@ def show(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     """Prints a table of the changes to stdout, and how many there are of each kind."""
     console = Console(width=None if Console().is_terminal else 130)
     found = changes(before, after)
-    table = Table(title=_title(before, after), title_justify="left", header_style="bold")
+    title = Text(_title(before, after))
+    table = Table(title=title, title_justify="left", header_style="bold")
     for i, name in enumerate(("workload", "against", "before", "after", "now", "verdict")):
         table.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
     for change in found:
         factor = f"{change.factor:.2f}x" if change.factor else ""
         told = (_told(change, change.before), _told(change, change.after))
         verdict = f"[{COLOURS.get(change.outcome, 'default')}]{change.outcome}"
-        table.add_row(change.workload, change.against or "(itself)", *told, factor, verdict)
+        names = Text(change.workload), Text(change.against or "(itself)")
+        table.add_row(*names, *told, factor, verdict)
     console.print(table)
     outcomes = [change.outcome for change in found]
     counts = {outcome: outcomes.count(outcome) for outcome in dict.fromkeys(outcomes)}

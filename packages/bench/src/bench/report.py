@@ -165,7 +165,7 @@ def _replace(path: Path, content: bytes) -> Path:
 def show(report: Report) -> None:
     """Prints the table, what did not run and why, and the gate's verdict to stdout."""
     console = Console(width=None if sys.stdout.isatty() else 130)
-    table = Table(title=_headline(report), title_justify="left", header_style="bold")
+    table = Table(title=Text(_headline(report)), title_justify="left", header_style="bold")
     for i, name in enumerate(("workload", *COLUMNS)):
         table.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
     for workload, rows in _by_workload(report):
