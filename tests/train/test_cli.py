@@ -195,6 +195,7 @@ def test_prepare_and_train_from_the_command_line(testdata: Path, tmp_path: Path)
     ("arguments", "code", "part"),
     [
         ([], 2, "give --dataset=NAME, or --text=GLOB with --out=DIR"),
+        (["--text=a.txt", "--out="], 2, "give --dataset=NAME, or --text=GLOB with --out=DIR"),
         (["--dataset=openwebtext"], 2, "give its text with --text=GLOB"),
         (["--text=*.md", "--out=x"], 1, "--text=*.md: no such file"),
         (

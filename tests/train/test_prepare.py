@@ -224,3 +224,11 @@ def test_a_generator_is_prepared_as_a_list_is(text: str, tmp_path: Path):
         assert (tmp_path / "list" / file).read_bytes() == (
             tmp_path / "generator" / file
         ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "there is no text"), ("ab\ud800c", r"'\\ud800', half of a pair")]
+)
+def test_what_has_no_characters_is_no_vocabulary(text: str, message: str):
+    with pytest.raises(DataError, match=message):
+        open_tokenizer("char", [text])

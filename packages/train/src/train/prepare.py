@@ -131,7 +131,7 @@ def _check_replaceable(out: Path, *, overwrite: bool) -> None:
 def open_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer that `--tokenizer` names: char, gpt2, or the one in a folder."""
     if name == "char":
-        return Tokenizer.characters("".join(set(itertools.chain.from_iterable(texts))))
+        return _of_characters(set(itertools.chain.from_iterable(texts)))
     if name == "gpt2" and not Path(name).is_dir():
         folder = Path("models/gpt2")
         if not folder.is_dir():
@@ -141,6 +141,15 @@ def open_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
             )
         return Tokenizer.open(folder)
     return Tokenizer.open(name)
+
+
+def _of_characters(characters: set[str]) -> Tokenizer:
+    if not characters:
+        raise DataError("there is no text: a vocabulary of characters needs some")
+    halves = sorted(c for c in characters if "\ud800" <= c < "\ue000")
+    if halves:
+        raise DataError(f"the text has {halves[0]!a}, half of a pair and no character; remove it")
+    return Tokenizer.characters("".join(characters))
 
 
 def _define_flags() -> None:
@@ -168,7 +177,7 @@ def main() -> None:
     dataset, given = options.dataset, options.text or options.hf_dataset
     if options.text and options.hf_dataset:
         raise door.Usage("give --text or --hf_dataset, not both")
-    if dataset is None and (given is None or options.out is None):
+    if not dataset and not (given and options.out):
         raise door.Usage("give --dataset=NAME, or --text=GLOB with --out=DIR")
     source = DATASETS.get(dataset or "")
     out = Path(options.out or f"data/{dataset}")
