@@ -19,7 +19,7 @@ import train
 from core import checkpoint as model_folder
 from core.checkpoint import CheckpointError
 from core.tokenizer import Tokenizer
-from train import loop, preflight
+from train import dry_run, loop, preflight
 from train import origin as origin_lib
 from train.checkpoint import Checkpoints, Progress
 from train.config import TrainConfig
@@ -211,6 +211,40 @@ def test_an_earlier_run_is_not_overwritten_unless_told(config: TrainConfig):
         run(config, max_iters=0)
     again = run(config, max_iters=1, overwrite=True)
     assert [row["iter"] for row in again.rows()] == [0, 0, 1, 1]
+
+
+def test_weights_that_a_new_run_would_remove_are_not_begun_from(
+    finished: train.Result, config: TrainConfig
+):
+    places = {"out_dir": str(finished.out_dir), "init_from": str(finished.model_dir)}
+    with pytest.raises(train.TrainError, match="overwrite=True would remove it"):
+        run(config, **places, overwrite=True)
+    core.load(finished.model_dir)
+
+
+def test_a_dry_run_is_of_the_shape_that_would_be_trained(
+    finished: train.Result, config: TrainConfig
+):
+    """Not of the keys' defaults, where the weights decide."""
+    resumed = TrainConfig(
+        data_dir=config.data_dir,
+        dataset=config.dataset,
+        block_size=config.block_size,
+        out_dir=str(finished.out_dir),
+        init_from="resume",
+    )
+    tuned = dataclasses.replace(resumed, init_from=str(finished.model_dir), block_size=8)
+    tuned = dataclasses.replace(tuned, out_dir=config.out_dir)
+    for asked in (resumed, tuned):
+        shape = dry_run._shape(asked, preflight.check(asked))
+        assert (shape.axes["L"], shape.axes["D"]) == (config.n_layer, config.n_embd)
+        assert shape.context_length == asked.block_size
+
+
+def test_an_out_dir_that_is_a_file_is_refused(config: TrainConfig):
+    Path(config.out_dir).write_text("mine")
+    with pytest.raises(train.TrainError, match="is not a folder"):
+        run(config, overwrite=True)
 
 
 def test_a_folder_that_is_no_run_is_never_touched(finished: train.Result, config: TrainConfig):

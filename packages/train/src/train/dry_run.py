@@ -2,22 +2,26 @@
 
 import functools
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from core import config as config_lib
+from core.config import Config
 from core.models import build
 from train import compute, metrics, step
+from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.devices import Devices
-from train.origin import model_config
+from train.origin import cropped, model_config
 from train.preflight import Plan
 
 
 def report(config: TrainConfig, plan: Plan, devices: Devices) -> str:
     """Returns the lines that `dry_run=True` prints; compiles one update, for the compiler knows what it takes."""
-    shape = plan.folder.config if plan.folder else model_config(config, plan.dataset)
+    shape = _shape(config, plan)
     model = compute.fitted(build(shape), config, devices)
     dtype = compute.product_dtype(config, devices.platform)
     key = jax.eval_shape(jax.random.key, 0)
@@ -46,6 +50,17 @@ def report(config: TrainConfig, plan: Plan, devices: Devices) -> str:
         "time": _time(config, devices, flops),
     }
     return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
+
+
+def _shape(config: TrainConfig, plan: Plan) -> Config:
+    if plan.resumes:
+        with Checkpoints(Path(config.out_dir) / "checkpoints") as checkpoints:
+            latest = checkpoints.latest()
+            assert latest is not None  # preflight has seen it
+            return config_lib.from_dict(checkpoints.progress(latest).model)
+    if plan.folder is not None:
+        return cropped(plan.folder.config, config)
+    return model_config(config, plan.dataset)
 
 
 def _model(config: TrainConfig, plan: Plan, model: Any) -> str:

@@ -147,13 +147,19 @@ def _from_checkpoint(
 def _from_folder(
     config: TrainConfig, folder: ModelFolder, devices: Devices
 ) -> tuple[Model, Params]:
-    shape = folder.config
-    places = sharding.place(shape, devices.mesh).shardings
+    places = sharding.place(folder.config, devices.mesh).shardings
     params = owned(folder.params(jnp.float32, shardings=places))
-    if isinstance(shape, GPT2Config):  # rotary positions need no cropping
-        shape = dataclasses.replace(shape, n_positions=config.block_size)
+    if isinstance(folder.config, GPT2Config):
         params["wpe"]["embedding"] = params["wpe"]["embedding"][: config.block_size]
+    shape = cropped(folder.config, config)
     return build(dataclasses.replace(shape, **_dropout(shape, config.dropout))), params
+
+
+def cropped(shape: Config, config: TrainConfig) -> Config:
+    """Returns `shape` with as many positions as are trained; those that rotate need no cropping."""
+    if isinstance(shape, GPT2Config):
+        return dataclasses.replace(shape, n_positions=config.block_size)
+    return shape
 
 
 def _choices(config: TrainConfig) -> dict[str, Any]:

@@ -58,6 +58,8 @@ def check(config: TrainConfig) -> Plan:
     resumes = _check_out_dir(config, Path(config.out_dir))
     has_weights = not resumes and config.init_from not in ("scratch", "auto")
     folder = _open_weights(config, dataset) if has_weights else None
+    if folder is not None and config.overwrite and not (config.eval_only or config.dry_run):
+        _check_is_elsewhere(folder.path, Path(config.out_dir))
     return Plan(dataset, resumes, folder)
 
 
@@ -151,6 +153,14 @@ def _open_weights(config: TrainConfig, dataset: Dataset) -> ModelFolder:
     return folder
 
 
+def _check_is_elsewhere(weights: Path, out_dir: Path) -> None:
+    """A new run removes the old one first: stopped early, it would leave neither."""
+    if weights.resolve().is_relative_to(out_dir.resolve()):
+        raise TrainError(
+            f"init_from={weights}: overwrite=True would remove it with {out_dir}; choose another out_dir"
+        )
+
+
 def _weights(config: TrainConfig) -> Path:
     """The model folder that `init_from` names; a released model's is where `convert` is told to put it."""
     if config.init_from not in PRESETS:
@@ -174,6 +184,8 @@ def _shape(found: Config) -> dict[str, Any]:
 
 def _check_out_dir(config: TrainConfig, out_dir: Path) -> bool:
     """Returns whether the run in `out_dir` is to be resumed; refuses to harm what is there."""
+    if out_dir.exists() and not out_dir.is_dir():
+        raise TrainError(f"{out_dir}: exists and is not a folder; choose another out_dir")
     found = [name for name in RUN_FILES if (out_dir / name).exists()]
     if found and METRICS_FILE not in found:
         raise TrainError(
