@@ -33,10 +33,11 @@ def command(model, tmp_path) -> list[str]:
 
 @pytest.fixture
 def environment(tmp_path) -> dict[str, str]:
-    """A home that is empty."""
+    """A home that is empty; compiled kernels stay where they are."""
     home = tmp_path / "home"
     home.mkdir()
-    return {**os.environ, "HOME": str(home), "JAX_PLATFORMS": "cpu"}
+    cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    return {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": cache, "JAX_PLATFORMS": "cpu"}
 
 
 @pytest.fixture
