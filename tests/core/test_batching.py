@@ -251,6 +251,20 @@ def test_a_ticket_is_cancelled_once_and_gives_what_there_is(small: Engine, alone
     assert ended == {tickets[a]: alone[a], tickets[c]: alone[c]}
 
 
+def test_a_request_of_no_tokens_keeps_the_engine_busy_until_its_event_is_given(small: Engine):
+    request = Request("a", Sampling(max_new_tokens=0))
+    ticket = small.submit(request)
+    assert small.busy
+    (event,) = small.step()
+    assert (event.request, event.finish_reason) == (ticket, "length")
+    assert not small.busy
+    ended = small.cancel(small.submit(request))
+    assert ended is not None
+    assert ended.finish_reason == "length"
+    assert not small.busy
+    assert small.step() == []
+
+
 def test_more_memory_than_there_is_is_refused_with_the_arithmetic():
     """16 full contexts of the 20B; nothing has been allocated then, not even the parameters."""
     model = build(PRESETS["gpt-oss-120b"])

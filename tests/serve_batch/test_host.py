@@ -55,6 +55,14 @@ def test_what_is_no_request_and_what_cannot_be_served_come_back_in_their_place(h
     assert results["b"] == results["d"]
 
 
+def test_a_request_of_no_tokens_is_answered_though_the_engine_has_nothing_to_do(host: EngineHost):
+    request = core.Request("Prompt", core.Sampling(max_new_tokens=0))
+    with ThreadPoolExecutor(1) as pool:
+        ((_, result),) = pool.submit(list, host.complete([(0, request)])).result(timeout=20)
+    assert isinstance(result, core.Completion)
+    assert result.finish_reason == "length"
+
+
 def test_requests_are_taken_as_they_are_needed(host: EngineHost):
     taken = itertools.count()
 

@@ -175,20 +175,22 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether any request waits or is in a slot."""
-        return bool(self._line) or any(self._rows)
+        """Whether any request waits or is in a slot, or has events for `step` to give."""
+        return bool(self._line) or any(self._rows) or bool(self._inbox)
 
     def cancel(self, ticket: int) -> Completion | None:
-        """Ends a submitted request and returns what there is of it; None if it had ended already.
+        """Ends a submitted request and returns what there is of it; None if `step` has given its result already.
 
         No event of it follows, those that `step` has not given yet included.
         """
+        pending = [event for event in self._inbox if event.request == ticket]
+        for event in pending:
+            self._inbox.remove(event)
         for row in self._of(self._inbox):
             if row.number == ticket:
-                for event in [e for e in self._inbox if e.request == ticket]:
-                    self._inbox.remove(event)
                 return self._cancel(row)
-        return None
+        results = (event.result for event in pending)
+        return next((result for result in results if isinstance(result, Completion)), None)
 
     def score(self, tokens: Sequence[int], top: int = 0) -> list[TokenScore]:
         """Returns each token's log-probability given those before it, and the `top` likeliest at its place.
