@@ -1,3 +1,7 @@
-"""Keeps pytest's search for doctests from importing what needs the peers' packages."""
+"""Keeps pytest's search for doctests from what needs the peers' packages, and from a second command line's flags."""
 
-collect_ignore = ["src/bench/peers/pytorch.py", "src/bench/peers/ctranslate.py"]
+collect_ignore = [
+    "src/bench/peers/pytorch.py",
+    "src/bench/peers/ctranslate.py",
+    "src/bench/demo.py",
+]
