@@ -109,6 +109,11 @@ def test_memory_before_the_mark_is_the_idle_process_and_after_it_is_the_work():
     assert usage.seconds >= 0.2
 
 
+# An earlier test of the same worker may have started jax, which warns of forks; these do nothing of jax's.
+forks = pytest.mark.filterwarnings("ignore:os.fork\\(\\) was called:RuntimeWarning")
+
+
+@forks
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_the_memory_of_a_fork_is_what_it_adds():
     usage = jobs.fork(lambda: bytes(80_000_000).count(1), before_s=7.0)
@@ -116,6 +121,7 @@ def test_the_memory_of_a_fork_is_what_it_adds():
     assert usage.command_s > 7 > usage.seconds
 
 
+@forks
 def test_a_fork_that_fails_tells_why():
     with pytest.raises(RuntimeError, match=r"^the process ended with 1: ZeroDivisionError"):
         jobs.fork(lambda: 1 // 0, before_s=0)
