@@ -22,7 +22,7 @@ from core.errors import ConfigError
 from core.models import build
 from train import compute, preflight, step
 from train.config import TrainConfig
-from train.devices import Devices, _does_not_divide, open_devices
+from train.devices import Devices, _does_not_divide, join, open_devices
 from train.metrics import read_rows
 
 PROGRAM = Path(__file__).parents[1] / "mesh_runs.py"
@@ -191,6 +191,15 @@ def test_a_batch_that_does_not_divide_is_refused_with_one_that_does():
     assert "batch_size=24 with gradient_accumulation_steps=20, which are the same 480" in said
     few = TrainConfig(batch_size=3, gradient_accumulation_steps=1)
     assert "a multiple of 8 sequences an update" in _does_not_divide(few, 8)
+
+
+def test_a_process_that_nobody_waits_for_says_so():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    config = TrainConfig(processes=2, process=1, coordinator=address, dist_timeout_s=1)
+    with pytest.raises(preflight.TrainError, match=f"process 1 of 2: no meeting at .*{address}"):
+        join(config)
 
 
 def test_a_mesh_of_more_devices_than_there_are_is_refused():

@@ -276,7 +276,7 @@ def _not_honoured(c: TrainConfig) -> Iterator[str]:
 
 def _is_address(coordinator: str) -> bool:
     host, _, port = coordinator.rpartition(":")
-    return bool(host) and port.isdecimal()
+    return bool(host) and port.isdecimal() and 0 < int(port) < 2**16
 
 
 def _is_numbered_cuda(device: str) -> bool:

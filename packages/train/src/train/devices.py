@@ -5,6 +5,8 @@ along fsdp, expert and tensor, by the letters of its axes; what the optimizer ke
 """
 
 import math
+import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -124,6 +126,8 @@ def join(config: TrainConfig) -> None:
     """
     if config.processes == 1:
         return
+    if config.process:
+        _wait_for_coordinator(config)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
@@ -134,11 +138,29 @@ def join(config: TrainConfig) -> None:
             heartbeat_timeout_seconds=config.dist_timeout_s,
         )
     except RuntimeError as error:
-        raise TrainError(
-            f"process {config.process} of {config.processes}: no meeting at coordinator="
-            f"{config.coordinator} within dist_timeout_s={config.dist_timeout_s}: "
-            f"{str(error).splitlines()[0]}. Process 0 has to listen there, where the others reach it"
-        ) from error
+        raise _no_meeting(config, str(error).splitlines()[0]) from error
+
+
+def _wait_for_coordinator(config: TrainConfig) -> None:
+    """Returns when process 0 listens; jax itself aborts the program if that takes too long, with a trace in C++."""
+    host, _, port = config.coordinator.rpartition(":")
+    end = time.monotonic() + config.dist_timeout_s
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
+                return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() >= end:
+                raise _no_meeting(config, str(error)) from error
+        time.sleep(0.2)
+
+
+def _no_meeting(config: TrainConfig, why: str) -> TrainError:
+    return TrainError(
+        f"process {config.process} of {config.processes}: no meeting at coordinator="
+        f"{config.coordinator} within dist_timeout_s={config.dist_timeout_s}: "
+        f"{why}. Process 0 has to listen there, where the others reach it"
+    )
 
 
 def is_first_process() -> bool:
