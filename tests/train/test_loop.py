@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ import core
 import train
 from core import checkpoint as model_folder
 from core.checkpoint import CheckpointError
+from core.config import GPT2Config, GptOssConfig
 from core.tokenizer import Tokenizer
 from train import dry_run, loop, preflight
 from train import origin as origin_lib
@@ -220,6 +222,21 @@ def test_weights_that_a_new_run_would_remove_are_not_begun_from(
     with pytest.raises(train.TrainError, match="overwrite=True would remove it"):
         run(config, **places, overwrite=True)
     core.load(finished.model_dir)
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"sliding_window": 64}, GptOssConfig()),
+        ({"experts_per_token": 3}, GptOssConfig()),
+        ({"family": "gpt_oss"}, GPT2Config()),
+    ],
+)
+def test_what_only_experts_have_is_not_overridden_in_silence(changes: dict[str, Any], found: Any):
+    ((key, value),) = changes.items()
+    with pytest.raises(train.TrainError, match=f"{key}={value} but the weights have"):
+        preflight.check_shape(TrainConfig(**changes), found, Path("model"))
+    preflight.check_shape(TrainConfig(), found, Path("model"))
 
 
 def test_a_dry_run_is_of_the_shape_that_would_be_trained(

@@ -7,7 +7,7 @@ from typing import Any
 
 from core import checkpoint as model_folder
 from core.checkpoint import CheckpointError, ModelFolder
-from core.config import PRESETS, Config, GPT2Config
+from core.config import PRESETS, Config, GPT2Config, GptOssConfig
 from core.errors import FlaxmillError
 from core.tokenizer import Tokenizer
 from train.config import TrainConfig
@@ -176,10 +176,16 @@ def _weights(config: TrainConfig) -> Path:
 
 def _shape(found: Config) -> dict[str, Any]:
     sizes = {"n_layer": found.axes["L"], "n_head": found.axes["N"], "n_embd": found.axes["D"]}
+    sizes |= {"family": found.family}
     if isinstance(found, GPT2Config):
         return sizes | {"bias": found.use_bias}
-    experts = {"n_kv_head": found.axes["K"], "n_expert": found.axes["E"]}
-    return sizes | experts
+    assert isinstance(found, GptOssConfig)
+    return sizes | {
+        "n_kv_head": found.axes["K"],
+        "n_expert": found.axes["E"],
+        "experts_per_token": found.num_experts_per_tok,
+        "sliding_window": found.sliding_window,
+    }
 
 
 def _check_out_dir(config: TrainConfig, out_dir: Path) -> bool:
