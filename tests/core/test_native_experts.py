@@ -44,7 +44,7 @@ def a_case(
     rng = np.random.default_rng(R)
 
     def normal(*shape: int, scale: float = 1, to: Any = dtype) -> jax.Array:
-        return jnp.asarray(rng.standard_normal(shape) * scale, to)
+        return jnp.asarray((rng.standard_normal(shape) * scale).astype(jnp.dtype(to)))
 
     if kernel is MXFP4:
         gate_up, down = packed(rng, E, F, 2, D), packed(rng, E, D, F)
@@ -66,7 +66,7 @@ def mixed(x_RD: Any, weights_RC: Any, chosen_RC: Any, experts: Any, limit: float
 def dense(kernel: Any) -> np.ndarray:
     """[E, I, O] in float64, by the table of the format."""
     if not isinstance(kernel, MXFP4):
-        wide = np.asarray(kernel.astype(jnp.float32), np.float64)
+        wide = np.asarray(kernel).astype(np.float64)
         return wide.reshape(*wide.shape[:2], -1)
     blocks, scales = np.asarray(kernel.blocks_EOQY), np.asarray(kernel.scales_EOQ, int)
     codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(*scales.shape, 32)
@@ -81,10 +81,10 @@ def in_float64(
 ) -> np.ndarray:
     gate_up, down = dense(experts.gate_up_EDF2), dense(experts.down_EFD)
     gate_up_bias, down_bias = (
-        np.asarray(bias.astype(jnp.float32), np.float64).reshape(len(gate_up), -1)
+        np.asarray(bias).astype(np.float64).reshape(len(gate_up), -1)
         for bias in (experts.gate_up_bias_EF2, experts.down_bias_ED)
     )
-    rows = np.asarray(x_RD.astype(jnp.float32), np.float64)
+    rows = np.asarray(x_RD).astype(np.float64)
     y_RD = np.zeros_like(rows)
     for r, c in np.ndindex(chosen_RC.shape):
         e = int(chosen_RC[r, c])
@@ -92,7 +92,7 @@ def in_float64(
         gate, up = np.minimum(h[0::2], limit), np.clip(h[1::2], -limit, limit)
         h = (up + 1) * gate / (1 + np.exp(-ALPHA * gate))
         if x_RD.dtype == jnp.bfloat16:
-            h = np.asarray(jnp.asarray(h, jnp.float32).astype(x_RD.dtype).astype(jnp.float32))
+            h = h.astype(np.float32).astype(x_RD.dtype).astype(np.float32)
         y_RD[r] += float(weights_RC[r, c]) * (h @ down[e] + down_bias[e])
     return y_RD
 

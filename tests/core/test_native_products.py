@@ -46,8 +46,9 @@ def a_case(form: tuple[str, str, int], R: int, I: int, O: int) -> tuple[jax.Arra
     if matrix == "int8":
         values = jnp.asarray(rng.integers(-127, 128, shape), jnp.int8)
     else:
-        values = jnp.asarray(rng.standard_normal(shape), matrix)
-    return jnp.asarray(rng.standard_normal((R, I)), x.replace("rounded", "float32")), values
+        values = jnp.asarray(rng.standard_normal(shape).astype(jnp.dtype(matrix)))
+    rows = rng.standard_normal((R, I)).astype(jnp.dtype(x.replace("rounded", "float32")))
+    return jnp.asarray(rows), values
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -59,7 +60,7 @@ def multiplied(form: tuple[str, str, int], x_RI: jax.Array, matrix: jax.Array) -
 
 def assert_is_the_product(form: tuple[str, str, int], x_RI: jax.Array, matrix: jax.Array) -> None:
     """Within 4 roundings of the sum of magnitudes, or what they may come to in a long sum; see `products.py`."""
-    x, w = (np.asarray(a.astype(jnp.float32), np.float64) for a in (x_RI, matrix))
+    x, w = (np.asarray(a).astype(np.float64) for a in (x_RI, matrix))
     w = w if form[2] == 0 else w.T
     bound = max(4, 2 * np.sqrt(len(w))) * 2.0**-24 * (abs(x) @ abs(w))
     if form[0] == "rounded":

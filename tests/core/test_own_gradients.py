@@ -17,7 +17,8 @@ def draws(*shape: int, seed: int = 0, scale: float = 1.0) -> jax.Array:
 def close(found: Any, expected: Any, share: float = 1e-6) -> None:
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
-        np.testing.assert_allclose(a, b, rtol=0, atol=share * float(jnp.abs(b).max()))
+        a, b = (np.asarray(x).astype(np.float32) for x in (a, b))
+        np.testing.assert_allclose(a, b, rtol=0, atol=share * float(np.abs(b).max()))
 
 
 @pytest.mark.parametrize("approximate", [False, True])
@@ -25,7 +26,7 @@ def test_the_gradient_of_gelu_is_jax_s_from_end_to_end(approximate: bool):
     x = jnp.linspace(-12, 12, 4001)
     ours = layers.gelu_tanh if approximate else layers.gelu_erf
     theirs = lambda x: jax.nn.gelu(x, approximate=approximate)  # noqa: E731
-    found, expected = (jax.vmap(jax.value_and_grad(f))(x) for f in (ours, theirs))
+    found, expected = (jax.jit(jax.vmap(jax.value_and_grad(f)))(x) for f in (ours, theirs))
     close(found, expected, 5e-6 if approximate else 3e-7)  # 1 - tanh ** 2 cancels
     np.testing.assert_array_equal(ours(x), theirs(x))  # without gradients the bits are jax's
     half = x.astype(jnp.bfloat16)
@@ -47,7 +48,8 @@ def test_the_gradient_of_layer_norm_is_the_derivative(bias: bool):
         return (layers.layer_norm(x, scale, shift, 1e-5) * weights).sum()
 
     given = (x, scale, shift)
-    close(jax.grad(ours, (0, 1, 2))(*given), jax.grad(plain, (0, 1, 2))(*given), 2e-6)
+    found, expected = (jax.jit(jax.grad(f, (0, 1, 2)))(*given) for f in (ours, plain))
+    close(found, expected, 2e-6)
 
 
 B, T, D, V = 3, 10, 8, 37
@@ -71,10 +73,9 @@ def test_the_loss_of_a_few_positions_at_a_time_is_that_of_all(chunk: int | None,
         return 3 * losses.cross_entropy(logits, targets)
 
     share = 1e-6 if dtype == jnp.float32 else 1e-2
-    expected = jax.value_and_grad(plain, (0, 1))(x, head)
-    found = jax.value_and_grad(ours, (0, 1))(x, head)
+    expected, found = (jax.jit(jax.value_and_grad(f, (0, 1)))(x, head) for f in (plain, ours))
     close(found, expected, share)
-    close(ours(x, head), expected[0], 1e-6)
+    close(jax.jit(ours)(x, head), expected[0], 1e-6)
 
 
 def test_no_more_logits_than_a_chunk_s_are_ever_formed():

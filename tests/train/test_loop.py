@@ -131,7 +131,9 @@ def test_looking_more_often_does_not_change_the_training(
     assert logged == {i: losses[i] for i in range(0, 41, 3)}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_stops_with_a_checkpoint_from_which_the_run_goes_on(
     config: TrainConfig, tmp_path: Path, number: signal.Signals
 ):
@@ -450,7 +452,7 @@ def test_a_model_without_a_tokenizer_goes_on_with_gpt2s_ids(config: TrainConfig,
 
 
 def test_only_improvements_are_saved_when_asked(config: TrainConfig):
-    rising = {"learning_rate": 0.5, "decay_lr": False, "grad_clip": 0.0}
+    rising = {"learning_rate": 0.5, "decay_lr": False}
     result = run(config, **rising, always_save_checkpoint=False)
     evaluations = {row["iter"]: row["val_loss"] for row in result.rows() if "val_loss" in row}
     with Checkpoints(result.out_dir / "checkpoints") as checkpoints:

@@ -86,6 +86,7 @@ def test_a_scale_that_would_be_infinite_stays():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_float16_run_reports_its_scale_and_resumes_to_the_same_bits(config, tmp_path):
     config = dataclasses.replace(
         config,
