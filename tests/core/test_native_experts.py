@@ -229,7 +229,7 @@ def test_padding_chooses_nobody(serving: bool):
     config = tiny_gpt_oss.packed_config()
     mixture = gpt_oss.MoE(config)
     x_BTD = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4, 64)), jnp.float32)
-    params: Any = mixture.init(jax.random.key(0), x_BTD)
+    params: Any = jax.jit(mixture.init)(jax.random.key(0), x_BTD)
     params["params"]["down"]["bias"] += 1
     with native.serving() if serving else contextlib.nullcontext():
         apply = jax.jit(lambda lengths: mixture.apply(params, x_BTD, lengths))
