@@ -1,5 +1,7 @@
 """Requests that come, wait, share and go: whatever happens around one, its continuation is the one it has alone."""
 
+import contextlib
+import dataclasses
 import itertools
 from typing import Any
 
@@ -10,10 +12,10 @@ import pytest
 from hypothesis import strategies as st
 
 import tiny_gpt_oss
-from core import build
+from core import build, native
 from core.config import PRESETS
 from core.engine import Completion, Engine, Event, Request
-from core.errors import EngineError
+from core.errors import EngineError, RequestError
 from core.kv_cache import KVCache
 from core.sampling import Sampling
 
@@ -314,6 +316,40 @@ def test_speculation_in_rings_takes_back_what_did_not_come_true():
     plain = Engine(model, params, slots=2).complete(requests)
     quick = Engine(model, params, slots=2, speculation=3).complete(requests)
     assert quick == plain
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "rings"])
+@pytest.mark.parametrize("kernels", ["native", "xla"])
+def test_a_row_of_no_numbers_is_that_request_s_error_and_leaves_nothing_in_its_slot(
+    engine: Engine, kind: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+):
+    """A token whose embedding is damaged, in the prompt of one request and drawn by another; then the slot's next."""
+    if kernels == "xla":
+        monkeypatch.setattr(native, "serving", contextlib.nullcontext)
+    if kind == "gpt2":
+        model, params, damaged = engine.model, dict(engine.params), 98
+    else:
+        config = tiny_gpt_oss.config(sliding_window=4, num_hidden_layers=2)
+        model, params = build(config), dict(tiny_gpt_oss.params(tiny_gpt_oss.weights(config, 10)))
+        damaged = 9
+    table = np.array(params["wte"]["embedding"])
+    table[damaged] = np.nan
+    if kind == "gpt2":  # whose head is the same table: the id's own logit is no number either
+        model = build(dataclasses.replace(model.config, tie_word_embeddings=False))
+        params["lm_head"] = {"kernel": engine.params["wte"]["embedding"]}
+    params["wte"] = {"embedding": table}
+    greedy = Sampling(temperature=0, max_new_tokens=9, bad_ids=(damaged,), ignore_eos=True)
+    fine = [Request([1, 2, 3, 4, 5, 6, 7], greedy), Request([5] * 20, greedy)]
+    expected = Engine(model, params, slots=2, chunk=CHUNK).complete(fine)
+    prompts = [[1, damaged], [damaged] * 20, [3] * 17 + [damaged]]
+    draws = dataclasses.replace(greedy, bad_ids=(), allowed_ids=(damaged,))
+    bad = [*(Request(prompt, greedy) for prompt in prompts), Request([7, 7], draws)]
+    used = Engine(model, params, slots=2, chunk=CHUNK)
+    for request in bad:
+        first, error, second = used.complete([fine[0], request, fine[1]])
+        assert [first, second] == expected
+        assert isinstance(error, RequestError)
+        assert error.code == "not_a_number"
 
 
 @pytest.mark.slow

@@ -85,11 +85,12 @@ def attend_next(
         return native.attend_cache(q_BTNH, *past, **seen, scale=scale, sinks_N=sinks_N), past
     if window is None:
         past = kv_cache.append(past, *new)
-        return attend_cache(q_BTNH, past, **given), past
+        return attend_cache(q_BTNH, past, lengths_B=new[3], **given), past
     if few:
         past = kv_cache.append(past, *new)
         k_BKSH, v_BKSH = (kv_cache.rows_of(x, past.first_row, B) for x in past[:2])
         held_BS = kv_cache.held(positions_BT[:, 0] + new[3] - 1, S)
+        v_BKSH = kv_cache.only(v_BKSH, held_BS >= 0)
         return attend(q_BTNH, k_BKSH, v_BKSH, held_BS, window=window, **given), past
     laid, past = kv_cache.lay_out(past, *new)
     return attend(q_BTNH, *laid, window=window, **given), past
@@ -100,10 +101,14 @@ def attend_cache(
     cache: Layer,
     *,
     positions_BT: jax.Array,
+    lengths_B: jax.Array,
     scale: float,
     sinks_N: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns out_BTNH: `attend` over a cache of all positions, read no further than the furthest row has come."""
+    """Returns out_BTNH: `attend` over a cache of all positions, read no further than the furthest row has come.
+
+    What a row's slot holds beyond its first `lengths_B` queries is not its own, and may be no number.
+    """
     B, T, N, H = q_BTNH.shape
     K, S = cache.k_RKSH.shape[1:3]
     size = _POSITIONS if S % _POSITIONS == 0 else S
@@ -126,6 +131,7 @@ def attend_cache(
         place, shape = (first_row, 0, i * size, 0), (B, K, size, H)
         k_BKsH = jax.lax.dynamic_slice(k_RKSH, place, shape)
         v_BKsH = jax.lax.dynamic_slice(v_RKSH, place, shape)
+        v_BKsH = kv_cache.only(v_BKsH, i * size + jnp.arange(size)[None] <= last_B1)
         scores_BKRs = _einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKsH) * scale
         visible_BRs = i * size + jnp.arange(size)[None, None] <= positions_BR1
         scores_BKRs = jnp.where(visible_BRs[:, None], scores_BKRs, MASKED)
@@ -139,6 +145,7 @@ def attend_cache(
             out_BKRH * kept_BKR[..., None] + mixed_BKRH,
         )
 
+    last_B1 = (positions_BT[:, 0] + lengths_B - 1)[:, None]
     blocks = jnp.minimum(positions_BT.max(), S - 1) // size + 1
     start = highest_BKR, sum_BKR, jnp.zeros((B, K, rows, H))
     _, sum_BKR, out_BKRH = jax.lax.fori_loop(0, blocks, block, start)

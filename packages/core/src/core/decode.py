@@ -21,6 +21,9 @@ from core.sampling import Sampler, Settings
 STEPS = 32
 """Steps a dispatch, at most."""
 
+NO_NUMBER = -1
+"""In the place of a token: the model's logits there are no numbers, and the row has ended."""
+
 _NGRAM = 3  # tokens that must have stood together before, for a draft
 
 
@@ -319,9 +322,10 @@ def _take(
 ) -> _Run:
     """Draws the next token of the rows that `draws_B` names and books it; the others stay as they are."""
     B, V = logits_BV.shape
-    position_B = run.position_B + 1
+    position_B, readable_1V = run.position_B + 1, _readable(statics, V)[None]
+    is_number_B = (jnp.isfinite(logits_BV) | ~readable_1V).all(-1)
     drawn_B = statics.sampler(
-        jnp.where(_readable(statics, V)[None], logits_BV, -jnp.inf),
+        jnp.where(readable_1V, logits_BV, -jnp.inf),
         jax.vmap(_token_key)(columns.key_words_B4, position_B),
         columns.settings,
         run.counts_BV,
@@ -329,6 +333,7 @@ def _take(
         columns.produced_B + run.out.count_B,
         statics.stop_ids,
     )
+    drawn_B = jnp.where(is_number_B, drawn_B, NO_NUMBER)
     rows_B = jnp.arange(B)
 
     def put(x: jax.Array, place_B: jax.Array, new_B: jax.Array) -> jax.Array:
@@ -355,7 +360,7 @@ def _take(
         tokens_BL=None if tokens_BL is None else put(tokens_BL, position_B, drawn_B),
         token_B=jnp.where(draws_B, drawn_B, run.token_B),
         position_B=jnp.where(draws_B, position_B, run.position_B),
-        done_B=run.done_B | (draws_B & (is_stop_B | is_last_B)),
+        done_B=run.done_B | (draws_B & (is_stop_B | is_last_B | ~is_number_B)),
         out=out,
     )
 

@@ -507,6 +507,10 @@ class Engine:
                 continue
             for m in range(out.count_B[slot]):
                 token = int(out.tokens_BM[slot, m])
+                if token == decode.NO_NUMBER:
+                    row.inbox.append(Event(row.number, None, "", _no_number(row)))
+                    self._rows[slot] = None
+                    break
                 text = row.text.push(token)
                 if row.sampling.logprobs is not None:
                     row.text.scores.append(_score(out, slot, m, row.sampling.logprobs))
@@ -579,6 +583,14 @@ _NOBODY = _Row(
     inbox=collections.deque(),
     key_words=(0, 0, 0, 0),
 )
+
+
+def _no_number(row: _Row) -> RequestError:
+    return RequestError(
+        "not_a_number",
+        f"after {len(row.text.prompt) + len(row.text.tokens)} tokens the model's logits are no finite numbers: "
+        "its weights are damaged, or the precision is too narrow for them",
+    )
 
 
 def _key_words(sampling: Sampling, id_: str) -> tuple[int, ...]:

@@ -115,7 +115,9 @@ def lay_out(
     )
     first_B1 = start_B[:, None] - S
     kept_BS = held(start_B - 1 + lengths_B, S) - first_B1
-    laid = Laid(k_BKXH, v_BKXH, first_B1 + jnp.arange(S + T)[None])
+    positions_BX = first_B1 + jnp.arange(S + T)[None]
+    is_own_BX = (positions_BX >= 0) & (positions_BX < (start_B + lengths_B)[:, None])
+    laid = Laid(k_BKXH, only(v_BKXH, is_own_BX), positions_BX)
     zeros_B = jnp.zeros_like(start_B)
     return laid, Layer(
         _write(past.k_RKSH, _take(k_BKXH, kept_BS), zeros_B, past.first_row),
@@ -127,6 +129,11 @@ def lay_out(
 def held(last_B: jax.Array, S: int) -> jax.Array:
     """Returns the position [B, S] in each slot of a ring whose latest is `last_B`; negative for an empty slot."""
     return last_B[:, None] - (last_B[:, None] - jnp.arange(S)[None]) % S
+
+
+def only(v_BKSH: jax.Array, is_own_BS: jax.Array) -> jax.Array:
+    """Returns the values with zeros where a slot holds none of the row's: no weight makes a number of what is none."""
+    return jnp.where(is_own_BS[:, None, :, None], v_BKSH, jnp.zeros((), v_BKSH.dtype))
 
 
 def rows_of(cache_RKSH: jax.Array, first_row: jax.Array | None, B: int) -> jax.Array:
