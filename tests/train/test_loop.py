@@ -452,7 +452,7 @@ def test_a_model_without_a_tokenizer_goes_on_with_gpt2s_ids(config: TrainConfig,
 
 
 def test_only_improvements_are_saved_when_asked(config: TrainConfig):
-    rising = {"learning_rate": 0.5, "decay_lr": False}
+    rising = {"learning_rate": 0.5, "decay_lr": False, "grad_clip": 0.0}
     result = run(config, **rising, always_save_checkpoint=False)
     evaluations = {row["iter"]: row["val_loss"] for row in result.rows() if "val_loss" in row}
     with Checkpoints(result.out_dir / "checkpoints") as checkpoints:
