@@ -114,7 +114,9 @@ def test_a_narrow_cache_is_read_without_a_wide_copy():
     layer = Layer(jnp.zeros(shape, jnp.bfloat16), jnp.zeros(shape, jnp.bfloat16))
     q_BTNH, positions_BT = jnp.zeros((3, 1, 4, 16), jnp.bfloat16), jnp.zeros((3, 1), jnp.int32)
     attend = jax.jit(functools.partial(attend_cache, scale=1.0))
-    compiled = attend.lower(q_BTNH, layer, positions_BT=positions_BT).compile()
+    ones_B = jnp.ones(3, jnp.int32)
+    lowered = attend.lower(q_BTNH, layer, positions_BT=positions_BT, lengths_B=ones_B)
+    compiled = lowered.compile()
     assert compiled.memory_analysis().temp_size_in_bytes < layer.k_RKSH.nbytes / 2
 
 
