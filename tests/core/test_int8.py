@@ -124,7 +124,7 @@ def test_greedy_tokens_are_those_of_the_decoded_kernels():
     ):
         assert isinstance(found, Completion)
         assert len(found.tokens) == 40
-        whole = [*prompt, *found.tokens, *range(20)][: model.config.n_positions]
+        whole = [*prompt, *found.tokens, *range(20)][: model.config.context_length]
         likeliest_T = apply(dense_params, jnp.asarray([whole]))[0].argmax(-1)
         assert likeliest_T[len(prompt) - 1 :][:40].tolist() == list(found.tokens)
 

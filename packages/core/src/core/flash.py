@@ -70,7 +70,5 @@ def _splash(
         x_BNTH = jnp.repeat(jnp.swapaxes(x_BTNH, 1, 2), copies, axis=1)
         return jnp.pad(x_BNTH, ((0, 0), (0, 0), (0, length - T), (0, 0)))
 
-    out_BNTH: Any = jax.vmap(kernel)(
-        laid(q_BTNH * scale, 1), laid(k_BTKH, G), laid(v_BTKH, G)
-    )
+    out_BNTH: Any = jax.vmap(kernel)(laid(q_BTNH * scale, 1), laid(k_BTKH, G), laid(v_BTKH, G))
     return jnp.swapaxes(out_BNTH[:, :, :T], 1, 2)
