@@ -131,7 +131,9 @@ def test_a_table_in_int8_is_read_in_a_loop_without_a_wide_copy():
             0, 9, lambda i, sum: sum + rows(table, i[None, None])[0, 0], jnp.zeros(64)
         )
 
-    temporaries = walk.lower(table).compile().memory_analysis().temp_size_in_bytes
+    analysis = walk.lower(table).compile().memory_analysis()
+    assert analysis is not None
+    temporaries = analysis.temp_size_in_bytes
     assert temporaries < table.values_OI.nbytes
 
 
