@@ -318,8 +318,15 @@ def test_speculation_in_rings_takes_back_what_did_not_come_true():
     assert quick == plain
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "rings"])
-@pytest.mark.parametrize("kernels", ["native", "xla"])
+@pytest.mark.parametrize(
+    ("kernels", "kind"),
+    [
+        ("native", "gpt2"),
+        ("xla", "rings"),
+        pytest.param("native", "rings", marks=pytest.mark.slow),
+        pytest.param("xla", "gpt2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_row_of_no_numbers_is_that_request_s_error_and_leaves_nothing_in_its_slot(
     engine: Engine, kind: str, kernels: str, monkeypatch: pytest.MonkeyPatch
 ):

@@ -120,6 +120,7 @@ def test_the_published_frequencies_are_the_golden_ones():
     assert concentration == pytest.approx(1.3465735902799727, abs=1e-15)
 
 
+@pytest.mark.slow
 def test_extending_a_cache_gives_the_logits_of_the_whole_at_every_position(model, flat, found_BTV):
     """A prompt of 23, longer than the window, and its padding; then token by token."""
     tokens_BT = tokens(model.config, 1, T)
@@ -189,7 +190,8 @@ def test_packed_experts_continue_as_unpacked_ones_do():
     assert len(set(packed.tokens)) > 5
 
 
-@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
 def test_fresh_parameters_are_those_of_the_configuration(packed: bool):
     make = tiny.packed_config if packed else tiny.config
     config = make(num_hidden_layers=1, layer_types=None)
