@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import core
 import tiny_gpt_oss as tiny
-from core import attention, decode
+from core import attention
 from core.attention import attend
 from core.config import PRESETS
 from core.config.gpt_oss import SLIDING
@@ -222,11 +222,10 @@ def test_attention_over_a_long_sequence_takes_bounded_memory(window: int | None)
 
 
 @pytest.mark.slow
-def test_long_prompts_go_through_in_chunks_and_continue_as_uncached(monkeypatch):
+def test_long_prompts_go_through_in_chunks_and_continue_as_uncached():
     """A context of 50 is no multiple of the chunk of 16; alone and among others the same."""
-    monkeypatch.setattr(decode, "PREFILL_TOKENS", 16)
     model, params = two_layers(20, sliding_window=WINDOW, max_position_embeddings=50)
-    engine, apply = Engine(model, params, slots=3), jax.jit(model.apply)
+    engine, apply = Engine(model, params, slots=3, chunk=16), jax.jit(model.apply)
     greedy = Sampling(temperature=0, max_new_tokens=9, logprobs=2)
     prompts = [tokens(model, n).tolist() for n in (37, 33, 40)]
     requests = [Request(prompt, greedy) for prompt in prompts]
