@@ -120,7 +120,7 @@ def test_positions_beyond_the_published_original_context_are_transformers():
     # float32 angles of position p are wrong by p * 6e-8 on both sides.
     np.testing.assert_allclose(found_TV, expected_TV, atol=5e-4, rtol=1e-3)
     prompt = ids[0, :4200].tolist()
-    (found,) = Engine(model, params, slots=1).complete(
+    (found,) = Engine(model, params, slots=1, top_logprobs=101).complete(
         [Request(prompt, Sampling(temperature=0, max_new_tokens=1, logprobs=101))]
     )
     assert isinstance(found, Completion)
