@@ -168,10 +168,9 @@ def prefill(
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def fork(statics: Statics, state: State, source: Any, target: Any) -> State:
+@functools.partial(jax.jit, donate_argnums=0)
+def fork(state: State, source: Any, target: Any) -> State:
     """Returns the state with one slot's row in another slot too."""
-    del statics
     return jax.tree.map(
         lambda x: jax.lax.dynamic_update_slice_in_dim(
             x, jax.lax.dynamic_slice_in_dim(x, source, 1), target, axis=0
@@ -239,7 +238,8 @@ def decode(
         done_B=~columns.active_B,
         out=_nothing(statics, len(columns.active_B)),
     )
-    take = functools.partial(_take, statics, columns, state.bias_BV)
+    keys_B = jax.vmap(_request_key)(columns.key_words_B4)
+    take = functools.partial(_take, statics, columns, keys_B, state.bias_BV)
     run = jax.lax.cond(
         is_fresh_B.any(), lambda run: take(state.logits_BV, is_fresh_B, run), lambda run: run, run
     )
@@ -315,6 +315,7 @@ def _drafts(statics: Statics, columns: Columns, run: _Run) -> tuple[jax.Array, j
 def _take(
     statics: Statics,
     columns: Columns,
+    keys_B: jax.Array,
     bias_BV: jax.Array,
     logits_BV: jax.Array,
     draws_B: jax.Array,
@@ -326,7 +327,7 @@ def _take(
     is_number_B = (jnp.isfinite(logits_BV) | ~readable_1V).all(-1)
     drawn_B = statics.sampler(
         jnp.where(readable_1V, logits_BV, -jnp.inf),
-        jax.vmap(_token_key)(columns.key_words_B4, position_B),
+        jax.vmap(jax.random.fold_in)(keys_B, position_B),
         columns.settings,
         run.counts_BV,
         bias_BV,
@@ -397,9 +398,10 @@ def _note_tokens(
     return jax.lax.dynamic_update_slice(tokens_BL, tokens_1T, (slot, start))
 
 
-def _token_key(words_4: jax.Array, position: jax.Array) -> jax.Array:
+def _request_key(words_4: jax.Array) -> jax.Array:
+    """Returns what a request's tokens fold their positions into."""
     key = jax.random.key(0)
-    for word in (*words_4, position):
+    for word in words_4:
         key = jax.random.fold_in(key, word)
     return key
 

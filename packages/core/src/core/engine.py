@@ -419,10 +419,10 @@ class Engine:
         fed, decoding = 0, any(row is not None and row.is_filled for row in self._rows)
         for slot, row in enumerate(self._rows):
             while row is not None and not row.is_filled and (fed < FILL_TOKENS or not decoding):
-                source = self._same_prompt(slot, row)
+                source = self._same_prompt(row)
                 chunk = self._prefixes.find(row.text.prompt, row.filled)
                 if source is not None:
-                    state = decode.fork(self._statics, state, source, slot)
+                    state = decode.fork(state, source, slot)
                     self.counters.reused_tokens += len(row.text.prompt)
                     row.filled = len(row.text.prompt)
                 elif chunk is not None:
@@ -432,18 +432,15 @@ class Engine:
                     fed += count
         return state
 
-    def _same_prompt(self, slot: int, row: "_Row") -> int | None:
-        """Returns a slot with the same prompt from which nothing has been drawn yet."""
-        if row.filled or row.bias_V(self.model.config.vocab_size) is not None:
+    def _same_prompt(self, row: "_Row") -> int | None:
+        """Returns a slot with the same prompt from which nothing has been drawn yet; without bias, both."""
+        if row.filled or row.sampling.has_bias:
             return None
-        for other, found in enumerate(self._rows):
-            if (
-                found is not None
-                and found.is_fresh
-                and found.text.prompt == row.text.prompt
-                and found.bias_V(self.model.config.vocab_size) is None
-            ):
-                return other
+        for slot, found in enumerate(self._rows):
+            if found is None or not found.is_fresh or found.sampling.has_bias:
+                continue
+            if found.text.prompt == row.text.prompt:
+                return slot
         return None
 
     def _feed(self, state: State, slot: int, row: "_Row") -> tuple[State, int]:
@@ -453,7 +450,7 @@ class Engine:
         size = next(size for size in self._chunks if size >= len(rest))
         tokens_1T = np.zeros((1, size), np.int32)
         tokens_1T[0, : len(rest)] = rest
-        bias_V = row.bias_V(self.model.config.vocab_size)
+        bias_V = sampling_lib.bias_row(row.sampling, self.model.config.vocab_size)
         state = decode.prefill(
             self._statics,
             self.params,
@@ -567,9 +564,6 @@ class _Row:
     def position(self) -> int:
         """Where the last token goes; of a fresh slot, where the first one will."""
         return len(self.text.prompt) + max(len(self.text.tokens), 1) - 1
-
-    def bias_V(self, vocab_size: int) -> np.ndarray | None:
-        return sampling_lib.bias_row(self.sampling, vocab_size)
 
     def completion(self) -> Completion:
         return self.text.completion(with_scores=self.sampling.logprobs is not None)

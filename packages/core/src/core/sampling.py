@@ -60,6 +60,11 @@ class Sampling:
     ignore_eos: bool = False
     logprobs: int | None = None
 
+    @property
+    def has_bias(self) -> bool:
+        """Whether there is a `bias_row` to add to the logits."""
+        return bool(self.logit_bias or self.bad_ids) or self.allowed_ids is not None
+
     def __post_init__(self) -> None:
         limits: list[tuple[str, type, bool, str]] = [
             ("temperature", float, 0 <= _number(self.temperature) < math.inf, "0 (greedy) or more"),
@@ -154,7 +159,7 @@ def bias_row(sampling: Sampling, vocab_size: int) -> np.ndarray | None:
 
     None where that is nothing. The ids must have passed `check_ids`.
     """
-    if not sampling.logit_bias and not sampling.bad_ids and sampling.allowed_ids is None:
+    if not sampling.has_bias:
         return None
     bias_V = np.zeros(vocab_size, np.float32)
     if sampling.allowed_ids is not None:
