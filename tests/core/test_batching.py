@@ -12,8 +12,8 @@ import pytest
 from hypothesis import strategies as st
 
 import tiny_gpt_oss
-from core import build, native
-from core.config import PRESETS
+from core import build, decode, memory, native
+from core.config import PRESETS, GPT2Config
 from core.engine import Completion, Engine, Event, Request
 from core.errors import EngineError, RequestError
 from core.kv_cache import KVCache
@@ -136,6 +136,33 @@ def test_no_more_beginnings_are_kept_than_fit(engine: Engine, alone):
         assert found == [alone[i] for i in (1, 2, 3)]
         assert tight._prefixes.nbytes <= one
     assert tight._prefixes.nbytes == one
+
+
+def test_a_cache_that_holds_no_chunk_is_none(
+    engine: Engine, alone, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing is read out of a slot that nobody could keep."""
+    chunk = jax.eval_shape(lambda: KVCache.zeros(engine.model.config, 1, CHUNK))
+    one = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(chunk))
+    given = engine.model, engine.params, engine.tokenizer
+    none, less = (Engine(*given, slots=3, chunk=CHUNK, prefix_cache=n) for n in (0, one - 1))
+    monkeypatch.setattr(decode, "read_chunk", None)
+    for _ in range(3):
+        assert less.complete([MENU[2]]) == [alone[2]]
+    assert less.counters.reused_tokens == 0
+    assert less.nbytes == none.nbytes
+
+
+def test_what_an_engine_takes_holds_what_it_may_keep_and_tell(engine: Engine):
+    """Caches, logits, counts and bias; 33 tokens a dispatch with their scores; beginnings."""
+    config = engine.model.config
+    assert isinstance(config, GPT2Config)
+    each = 64 * 2 * config.n_layer * config.n_embd * 4 + 3 * 4 * config.vocab_size
+    told = 4 + 33 * (4 + 4 + 8 * 7)
+    found = Engine(
+        engine.model, engine.params, slots=3, chunk=16, top_logprobs=7, prefix_cache=10**6
+    )
+    assert found.nbytes == 3 * (each + told) + 4 + 10**6
 
 
 def test_equal_prompts_that_come_together_share_a_prefill(small: Engine, engine: Engine, alone):
@@ -277,6 +304,31 @@ def test_more_memory_than_there_is_is_refused_with_the_arithmetic():
     assert "4096 slots of 131072 positions take 4096 x 9.68 GB = 3.96e+04 GB;" in message
     assert "are free: give fewer slots (at most " in message
     assert "shorter length" in message
+
+
+def test_beginnings_for_which_there_is_no_memory_are_in_the_arithmetic(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(memory, "free", lambda device: 10**6)
+    given = engine.model, engine.params
+    assert Engine(*given, slots=3).nbytes < 10**6
+    with pytest.raises(EngineError) as caught:
+        Engine(*given, slots=3, prefix_cache=990_000)
+    message = str(caught.value)
+    assert "kB, and prefix_cache 990 kB; 1 MB are free: give fewer slots (at most 0)," in message
+    assert message.endswith("a shorter length or less prefix_cache")
+
+
+def test_tokens_that_were_drawn_after_a_stop_string_count_as_nothing(engine: Engine):
+    greedy = Sampling(temperature=0, max_new_tokens=12, ignore_eos=True)
+    (whole,) = engine.complete([Request([5, 6], greedy)])
+    assert isinstance(whole, Completion)
+    fresh = Engine(engine.model, engine.params, engine.tokenizer, slots=3)
+    stopped = dataclasses.replace(greedy, stop=(whole.text[2],))
+    results = fresh.complete([Request([5, 6], stopped), Request([7], greedy)])
+    lengths = [len(c.tokens) for c in results if isinstance(c, Completion)]
+    assert lengths[0] < 8 < lengths[1] == 12
+    assert fresh.counters.tokens == sum(lengths)
 
 
 @pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 4])

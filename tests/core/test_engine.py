@@ -11,7 +11,9 @@ import tokenizers
 
 import reference
 import tiny
+from core import decode, memory
 from core.engine import Completion, Engine, Event, Request, RequestError
+from core.errors import EngineError
 from core.models import build
 from core.sampling import Sampling
 from core.tokenizer import Tokenizer
@@ -41,7 +43,7 @@ def varied_requests() -> list[Request]:
 
 
 @pytest.fixture(scope="module")
-def varied(engine: Engine) -> dict[str | None, Completion]:
+def varied(engine: Engine) -> dict[Any, Completion]:
     requests = varied_requests()
     return {r.id: c for r, c in zip(requests, complete(engine, requests), strict=True)}
 
@@ -266,6 +268,64 @@ def test_score_is_the_reference_s_log_probability(engine):
         assert score.token == tokens[t + 1]
         assert score.logprob == pytest.approx(expected_TV[t, tokens[t + 1]], abs=2e-5)
         assert [id for id, _ in score.top] == np.argsort(-expected_TV[t])[:4].tolist()
+
+
+@pytest.fixture(scope="module")
+def long_engine() -> Engine:
+    """A context of more positions than have their logits at once, and a vocabulary that outweighs the rest."""
+    model = build(tiny.config(vocab_size=4001, n_positions=700, n_layer=1))
+    return Engine(model, tiny.params(model, amplify=25), slots=1, length=16)
+
+
+def test_a_long_text_is_scored_by_pieces_of_the_same_numbers(long_engine: Engine):
+    model, params = long_engine.model, long_engine.params
+    tokens_1T = tiny.tokens(model.config, 1, 700)
+    logits_TV = reference.logits(model.config, params, tokens_1T)[0]
+    chosen_T, ids_TK, values_TK = decode.score(long_engine._statics, 3, params, tokens_1T)
+    expected_TV = reference.log_softmax(logits_TV[:-1])
+    places_T = np.arange(699)
+    np.testing.assert_allclose(chosen_T, expected_TV[places_T, tokens_1T[0, 1:]], atol=5e-5)
+    np.testing.assert_array_equal(ids_TK, np.argsort(-expected_TV)[:, :3])
+    expected_TK = np.take_along_axis(expected_TV, np.asarray(ids_TK), axis=1)
+    np.testing.assert_allclose(values_TK, expected_TK, atol=5e-5)
+
+
+def test_a_long_text_s_logits_are_never_all_there(long_engine: Engine):
+    model = build(tiny.config(vocab_size=20_001, n_positions=640, n_layer=1))
+    statics = dataclasses.replace(long_engine._statics, model=model)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    shape = jax.ShapeDtypeStruct((1, 640), jnp.int32)
+    memory = decode.score.lower(statics, 3, params, shape).compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 4 * 640 * 20_001
+
+
+def test_scores_for_which_there_is_no_memory_are_refused_with_the_arithmetic(
+    long_engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(memory, "free", lambda device: 1_500_000)
+    with pytest.raises(
+        EngineError, match=r"scores of 16 tokens with the 4001 likeliest take 1\.79 MB"
+    ):
+        long_engine.score([1, 2], top=4001)
+    assert long_engine.score([1, 2], top=1)
+
+
+@pytest.mark.parametrize("id_", [7, np.int64(7)])
+def test_a_number_is_the_id_of_its_digits(engine: Engine, id_: Any):
+    named, numbered, other = (
+        Request([1, 2], Sampling(max_new_tokens=9), id=i) for i in ("7", id_, 8)
+    )
+    found = complete(engine, [named, numbered, other])
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("id_", [1.5, True, b"7", ["7"]])
+def test_an_id_that_is_none_is_the_request_s_error(engine: Engine, id_: Any):
+    (result,) = engine.complete([Request([1, 2], id=id_)])
+    assert isinstance(result, RequestError)
+    assert result.code == "bad_id"
+    assert f"the id is {id_!r}; expected a string or a whole number" in str(result)
 
 
 @pytest.mark.parametrize(

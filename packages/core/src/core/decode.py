@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from core import sharding
 from core.kv_cache import KVCache
+from core.layers import unembed
 from core.models import Model, Params
 from core.sampling import Sampler, Settings
 
@@ -23,6 +24,9 @@ STEPS = 32
 
 NO_NUMBER = -1
 """In the place of a token: the model's logits there are no numbers, and the row has ended."""
+
+SCORED = 128
+"""Positions whose logits are there at once in `score`: of a long text all of them would be more than its cache."""
 
 _NGRAM = 3  # tokens that must have stood together before, for a draft
 
@@ -117,6 +121,17 @@ class Produced(NamedTuple):
     scores: Scores
     steps: jax.Array
     """How often the last tokens were fed."""
+
+    @classmethod
+    def nothing(cls, statics: Statics, B: int) -> "Produced":
+        """Returns what a dispatch begins with, and the room for what it may give."""
+        M, K = 1 + STEPS * (1 + statics.speculation), statics.top_logprobs
+        return cls(
+            tokens_BM=jnp.zeros((B, M), jnp.int32),
+            count_B=jnp.zeros(B, jnp.int32),
+            scores=Scores(jnp.zeros((B, M)), jnp.zeros((B, M, K), jnp.int32), jnp.zeros((B, M, K))),
+            steps=jnp.int32(0),
+        )
 
 
 class _Run(NamedTuple):
@@ -236,7 +251,7 @@ def decode(
         # One less, because drawing goes on by one.
         position_B=columns.position_B - is_fresh_B.astype(jnp.int32),
         done_B=~columns.active_B,
-        out=_nothing(statics, len(columns.active_B)),
+        out=Produced.nothing(statics, len(columns.active_B)),
     )
     keys_B = jax.vmap(_request_key)(columns.key_words_B4)
     take = functools.partial(_take, statics, columns, keys_B, state.bias_BV)
@@ -274,16 +289,6 @@ def decode(
     cache, run = jax.lax.while_loop(goes_on, step_on, (state.cache, run))
     state = state._replace(cache=cache, counts_BV=run.counts_BV, tokens_BL=run.tokens_BL)
     return state, run.out
-
-
-def _nothing(statics: Statics, B: int) -> Produced:
-    M, K = 1 + STEPS * (1 + statics.speculation), statics.top_logprobs
-    return Produced(
-        tokens_BM=jnp.zeros((B, M), jnp.int32),
-        count_B=jnp.zeros(B, jnp.int32),
-        scores=Scores(jnp.zeros((B, M)), jnp.zeros((B, M, K), jnp.int32), jnp.zeros((B, M, K))),
-        steps=jnp.int32(0),
-    )
 
 
 def _drafts(statics: Statics, columns: Columns, run: _Run) -> tuple[jax.Array, jax.Array]:
@@ -366,7 +371,9 @@ def _take(
     )
 
 
-def _score(logits_BV: jax.Array, drawn_B: jax.Array, K: int) -> tuple[jax.Array, ...]:
+def _score(
+    logits_BV: jax.Array, drawn_B: jax.Array, K: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
     chosen_B = jnp.take_along_axis(logprobs_BV, drawn_B[:, None], axis=-1)[:, 0]
     top_BK, ids_BK = jax.lax.top_k(logprobs_BV, K)
@@ -411,8 +418,25 @@ def score(
     statics: Statics, top: int, params: Params, tokens_1T: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the log-probability of each token but the first, and the `top` likeliest ids and values there."""
-    logits_1TV = statics.model.apply(params, tokens_1T, dtype=statics.dtype)
-    logprobs_TV = jax.nn.log_softmax(logits_1TV[0, :-1], axis=-1)
-    chosen_T = jnp.take_along_axis(logprobs_TV, tokens_1T[0, 1:, None], axis=-1)[:, 0]
-    values_TK, ids_TK = jax.lax.top_k(logprobs_TV, top)
+    T = tokens_1T.shape[1]
+    x_1TD, _ = statics.model.hidden_and_route(params, tokens_1T, dtype=statics.dtype)
+    head_VD = statics.model.head(params)
+
+    def of_chunk(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        x_tD, next_t = chunk
+        return _score(unembed(x_tD[None], head_VD)[0], next_t, top)
+
+    pieces = _cut(x_1TD[0, :-1], SCORED), _cut(tokens_1T[0, 1:], SCORED)
+    found = jax.lax.map(of_chunk, pieces)
+    chosen_T, ids_TK, values_TK = (
+        x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])[: T - 1] for x in found
+    )
     return chosen_T, ids_TK, values_TK
+
+
+def _cut(x_T: jax.Array, size: int) -> jax.Array:
+    """Returns x in pieces of `size`, or as one if it is shorter; the last one is padded."""
+    size = max(1, min(size, len(x_T)))
+    count = -(-len(x_T) // size)
+    x_T = jnp.pad(x_T, [(0, count * size - len(x_T)), *[(0, 0)] * (x_T.ndim - 1)])
+    return x_T.reshape(count, size, *x_T.shape[1:])

@@ -58,7 +58,8 @@ class Engine:
       chunk: prompt tokens that are fed at once, a power of two; results depend on it in the last bits.
       speculation: tokens a step that are guessed from what stood in the text before, and checked; what comes out is
         the same but for the last bits, in fewer steps where texts repeat themselves.
-      prefix_cache: bytes to keep of what prompts have in common, so that it is fed once (`core.prefixes`).
+      prefix_cache: bytes to keep of what prompts have in common, so that it is fed once (`core.prefixes`); less than a
+        chunk leaves in the cache is none.
       top_logprobs: the most alternatives that a request may ask log-probabilities of.
       sampler: draws the tokens; see `core.sampling.Sampler`.
       precision: one of `core.config.PRECISIONS`; by default what the parameters are in. See `core.precision`.
@@ -114,7 +115,7 @@ class Engine:
             speculation=speculation,
         )
         self.counters = Counters()
-        self._prefixes = Prefixes(self._chunks[-1], prefix_cache)
+        self._prefixes = Prefixes(self._chunks[-1], self._chunk_nbytes, prefix_cache)
         self._no_bias_V = np.zeros(config.vocab_size, np.float32)
         self._tickets = 0
         self._inbox: _Inbox = collections.deque()
@@ -197,16 +198,16 @@ class Engine:
 
         Raises:
           RequestError: `tokens` are none, too many or unknown.
+          EngineError: what is asked for takes more memory than there is.
         """
-        prompt = self._prompt_tokens(tokens)
-        size = min(max(SMALLEST_CHUNK, _covering(len(prompt))), self.model.config.context_length)
+        prompt, config = self._prompt_tokens(tokens), self.model.config
+        size = min(max(SMALLEST_CHUNK, _covering(len(prompt))), config.context_length)
+        top = min(top, config.vocab_size)
+        self._check_scores(size, top)
         padded = np.zeros((1, size), np.int32)
         padded[0, : len(prompt)] = prompt
         chosen_T, ids_TK, values_TK = decode.score(
-            self._statics,
-            min(top, self.model.config.vocab_size),
-            self.params,
-            jnp.asarray(padded),
+            self._statics, top, self.params, jnp.asarray(padded)
         )
         chosen, ids, values = (np.asarray(x).tolist() for x in (chosen_T, ids_TK, values_TK))
         return [TokenScore(prompt[0], None)] + [
@@ -218,10 +219,13 @@ class Engine:
         """Returns the request's prompt as token ids.
 
         Raises:
-          RequestError: it cannot be served: `bad_prompt`, `tokenizer_missing`, `prompt_empty`, `prompt_too_long`,
-            `token_out_of_range`, `bad_sampling`.
+          RequestError: it cannot be served: `bad_id`, `bad_prompt`, `tokenizer_missing`, `prompt_empty`,
+            `prompt_too_long`, `token_out_of_range`, `bad_sampling`.
         """
         sampling, most = request.sampling, self._statics.top_logprobs
+        id_ = request.id
+        if isinstance(id_, bool) or not isinstance(id_, str | int | np.integer | None):
+            raise RequestError("bad_id", f"the id is {id_!r}; expected a string or a whole number")
         if sampling.stop and self.tokenizer is None:
             raise RequestError(
                 "tokenizer_missing", "stop strings need a tokenizer; this model has none"
@@ -323,7 +327,7 @@ class Engine:
             stop=sampling.stop,
             stop_ids=() if sampling.ignore_eos else self._statics.stop_ids,
         )
-        id_ = default_id if request.id is None else request.id
+        id_ = default_id if request.id is None else str(request.id)
         row = _Row(number(self._tickets), sampling, limit, text, inbox, _key_words(sampling, id_))
         if text.finish_reason is None:
             self._line.append(row)
@@ -382,14 +386,33 @@ class Engine:
         )
         out = jax.device_get(out)
         self.counters.steps += int(out.steps)
-        self.counters.tokens += int(out.count_B.sum())
         self._deliver(out)
 
     @property
     def nbytes(self) -> int:
-        """What the slots take: the caches, and a few numbers for each token of the vocabulary."""
-        make = functools.partial(State.zeros, self._statics, self.slots, self._capacity)
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(make)))
+        """What the slots take, and the cache of prompts' beginnings at the most."""
+        return self._slots_nbytes + self._prefixes.limit
+
+    @property
+    def _slots_nbytes(self) -> int:
+        """Caches, a few numbers for each token of the vocabulary, and what a dispatch tells of each token."""
+        made = self._state_shapes, jax.eval_shape(self._nothing)
+        return _nbytes(made)
+
+    @property
+    def _chunk_nbytes(self) -> int:
+        """What one whole chunk of a prompt leaves in the cache."""
+        read = functools.partial(decode.read_chunk, self._statics, self._chunks[-1])
+        return _nbytes(jax.eval_shape(read, self._state_shapes, 0, 0))
+
+    @property
+    def _state_shapes(self) -> State:
+        return jax.eval_shape(
+            functools.partial(State.zeros, self._statics, self.slots, self._capacity)
+        )
+
+    def _nothing(self) -> Produced:
+        return Produced.nothing(self._statics, self.slots)
 
     @property
     def _capacity(self) -> int:
@@ -397,19 +420,38 @@ class Engine:
         largest, length = self._chunks[-1], self.length + self._statics.speculation
         return -(-length // largest) * largest
 
-    def _check_memory(self) -> None:
+    def _free(self) -> int | None:
+        """Returns the bytes that the devices have left; None if they do not say."""
         devices = [jax.local_devices()[0]] if self._mesh is None else self._mesh.local_devices
         there = [memory.free(device) for device in devices]
         # The devices of a CPU are simulated: all have the same memory.
         known = there[:1] if devices[0].platform == "cpu" else there
-        if None in known or (free := sum(filter(None, known))) >= self.nbytes:
+        return None if None in known else sum(filter(None, known))
+
+    def _check_memory(self) -> None:
+        free = self._free()
+        if free is None or free >= self.nbytes:
             return
-        one = self.nbytes // self.slots
+        one, kept = self._slots_nbytes // self.slots, self._prefixes.limit
+        cached = f", and prefix_cache {memory.spell(kept)}" if kept else ""
+        rest = ", a shorter length or less prefix_cache" if kept else " or a shorter length"
         raise EngineError(
             f"{self.slots} slots of {self.length} positions take {self.slots} x {memory.spell(one)} = "
-            f"{memory.spell(self.nbytes)}; {memory.spell(free)} are free: give fewer slots "
-            f"(at most {free // one}) or a shorter length"
+            f"{memory.spell(self._slots_nbytes)}{cached}; {memory.spell(free)} are free: give fewer slots "
+            f"(at most {max(0, free - kept) // one}){rest}"
         )
+
+    def _check_scores(self, size: int, top: int) -> None:
+        """Raises EngineError where `top` ids and values of `size` places, and the logits of some, are too much."""
+        free = self._free()
+        logits = 4 * min(size, decode.SCORED) * self.model.config.vocab_size
+        # With their log-probabilities and the order of these; the answer is on the device and on the host.
+        needed = 3 * logits + 2 * 8 * size * top
+        if free is not None and needed > free:
+            raise EngineError(
+                f"scores of {size} tokens with the {top} likeliest take {memory.spell(needed)}; "
+                f"{memory.spell(free)} are free: ask for fewer, or score shorter texts"
+            )
 
     def _fill(self, state: State) -> State:
         """Gives free slots to those who wait, and feeds prompts; not many while others wait to decode."""
@@ -508,6 +550,7 @@ class Engine:
                     row.inbox.append(Event(row.number, None, "", _no_number(row)))
                     self._rows[slot] = None
                     break
+                self.counters.tokens += 1
                 text = row.text.push(token)
                 if row.sampling.logprobs is not None:
                     row.text.scores.append(_score(out, slot, m, row.sampling.logprobs))
@@ -531,7 +574,7 @@ class Counters:
     reused_tokens: int = 0
     """Of prompts, not fed because others had them in common."""
     tokens: int = 0
-    """Drawn."""
+    """Of continuations. What a dispatch went on to draw after a stop string counts as nothing."""
     steps: int = 0
     """In which each slot could have drawn."""
 
@@ -611,3 +654,8 @@ def _doubling(smallest: int, largest: int) -> tuple[int, ...]:
 def _covering(length: int) -> int:
     """Returns the smallest power of two that is no less than `length`."""
     return 1 << (length - 1).bit_length()
+
+
+def _nbytes(arrays: Any) -> int:
+    """Returns the bytes of a tree of arrays, or of their shapes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))

@@ -21,11 +21,13 @@ class Prefixes:
 
     Args:
       size: tokens a chunk.
-      limit: bytes to keep at most; 0 keeps nothing.
+      chunk_nbytes: what it leaves.
+      limit: bytes to keep at most; less than one chunk keeps nothing.
     """
 
-    def __init__(self, size: int, limit: int):
-        self.size, self.limit, self.nbytes = size, limit, 0
+    def __init__(self, size: int, chunk_nbytes: int, limit: int):
+        self.size, self.nbytes = size, 0
+        self.limit = limit if limit >= chunk_nbytes else 0
         self._kept: collections.OrderedDict[bytes, KVCache] = collections.OrderedDict()
         self._once: collections.OrderedDict[bytes, None] = collections.OrderedDict()
 

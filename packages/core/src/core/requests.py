@@ -14,11 +14,14 @@ DEFAULT_SAMPLING = Sampling()
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt, as text or as token ids; `id` is what its random draws depend on (by default its index)."""
+    """A prompt, as text or as token ids; `id` is what its random draws depend on (by default its index).
+
+    A number is the same id as its digits.
+    """
 
     prompt: str | Sequence[int]
     sampling: Sampling = DEFAULT_SAMPLING
-    id: str | None = None
+    id: str | int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
