@@ -86,6 +86,22 @@ def test_processes_that_ask_at_once_share_one_compilation(compiler: Path):
     assert len(compiler.read_text().splitlines()) == 1
 
 
+def test_of_old_libraries_those_used_last_are_kept(compiler: Path):
+    mine = made()
+    for age in range(1, 12):
+        for suffix in ("-00.so", ".lock"):
+            path = mine.with_name(f"avx2-{age:02}{suffix}")
+            path.touch()
+            os.utime(path, (10_000 - age, 10_000 - age))
+    os.utime(mine, (0, 0))
+    assert made() == mine  # which is used again, and so the newest
+    other = build.library(build.isas()["plain"])
+    kept = {path.stem.rpartition("-")[0] for path in mine.parent.glob("*.so")}
+    ours = {path.stem.rpartition("-")[0] for path in (mine, other)}
+    assert kept == ours | {f"avx2-{age:02}" for age in range(1, 7)}
+    assert {path.stem for path in mine.parent.glob("*.lock")} == kept
+
+
 def test_without_a_cache_to_write_to_the_library_is_temporary(
     compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -4,7 +4,8 @@
 
 compiles them now, which takes some seconds; else the first use does. A library is for one instruction set and one
 version of the sources, of the compiler and of jaxlib, all of which its name says; it is written under another name and
-then renamed, and its name ends in its own hash, so a file that is not whole is found out and made again.
+then renamed, and its name ends in its own hash, so a file that is not whole is found out and made again. Of libraries
+that were made before, the ones used last are kept.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ CXX = "CXX"
 _COMPILERS = ("c++", "g++", "clang++")
 _SOURCES = Path(__file__).parent
 _TIMEOUT_S = 300
+_KEPT = 8  # libraries: all instruction sets of a processor, twice
 _FLAGS = ("-std=c++17", "-O2", "-DNDEBUG", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-w")
 
 
@@ -84,9 +86,13 @@ def library(isa: Isa) -> Path:
     with _alone(folder / f"{key}.lock"):
         for path in sorted(folder.glob(f"{key}-*.so")):
             if path.stem.rpartition("-")[2] == _digest(path.read_bytes()):
+                with contextlib.suppress(OSError):
+                    os.utime(path)  # it has been used
                 return path
             path.unlink(missing_ok=True)
-        return _compile(compiler, isa, folder, key)
+        path = _compile(compiler, isa, folder, key)
+        _drop_old(folder)
+        return path
 
 
 def main() -> None:
@@ -114,6 +120,19 @@ def _compile(compiler: tuple[str, ...], isa: Isa, folder: Path, key: str) -> Pat
         path = folder / f"{key}-{_digest(made.read_bytes())}.so"
         made.replace(path)
     return path
+
+
+def _drop_old(folder: Path) -> None:
+    """Removes all libraries but those that were used last, and their locks; who has one open keeps it."""
+    found = []
+    for path in folder.glob("*.so"):
+        with contextlib.suppress(OSError):
+            found.append((path.stat().st_mtime_ns, path))
+    for _, path in sorted(found, reverse=True)[_KEPT:]:
+        key = path.stem.rpartition("-")[0]
+        path.unlink(missing_ok=True)
+        if not any(folder.glob(f"{key}-*.so")):
+            (folder / f"{key}.lock").unlink(missing_ok=True)
 
 
 def _run(commands: list[tuple[str, ...]]) -> None:
