@@ -14,6 +14,7 @@ import pytest
 import core
 import serve_batch
 from serve_batch import host, records, runners
+from serve_batch import inputs as inputs_lib
 from serve_batch import plan as plan_lib
 from serve_batch.output import OutputFolder
 from serve_batch.shards import Job
@@ -306,7 +307,7 @@ def test_overwriting_with_an_input_that_cannot_be_planned_leaves_the_old_job_com
     run()
     before = contents(tmp_path / "out")
     growing = write_jsonl(prompts(5), "other/prompts.jsonl")
-    find = plan_lib.find_inputs
+    find = inputs_lib.find
 
     def find_and_grow(*arguments, **options):
         found = find(*arguments, **options)
@@ -314,7 +315,7 @@ def test_overwriting_with_an_input_that_cannot_be_planned_leaves_the_old_job_com
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(plan_lib, "find_inputs", find_and_grow)
+        patch.setattr(inputs_lib, "find", find_and_grow)
         with pytest.raises(serve_batch.JobError, match="is being written to"):
             run(input=growing, overwrite=True)
     assert contents(tmp_path / "out") == before
@@ -479,7 +480,9 @@ def test_a_worker_with_another_core_or_another_model_refuses(model):
         ({"workers": -1}, "workers is -1"),
         ({"workers": 2}, "one process is what is supported yet"),
         ({"max_error_rate": 1.5}, r"max_error_rate is 1\.5"),
-        ({"sampling": core.Sampling(logprobs=2)}, "log-probabilities are not supported"),
+        ({"long_prompts": "shorten"}, "long_prompts 'shorten' is not one of error, truncate_left"),
+        ({"output_format": "csv"}, "output_format 'csv' is not one of jsonl, parquet"),
+        ({"overwrite": True, "retry_errors": True}, "not both"),
         ({"beam_options": ["--nonsense=1"]}, "has no option --nonsense"),
         ({"beam_options": ["--runner=FlinkRunner"]}, "--runner after `--`"),
         ({"beam_options": ["--direct_num_workers=2"]}, "--direct_num_workers after `--`"),

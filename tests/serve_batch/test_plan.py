@@ -6,12 +6,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core import Sampling
+from serve_batch import inputs as inputs_lib
 from serve_batch import plan as plan_lib
 from serve_batch import shards
-from serve_batch.plan import Input, JobError, Plan
+from serve_batch.inputs import Input
+from serve_batch.plan import JobError, Plan
 
 DEFAULTS = Sampling()
-FINGERPRINT = {"model": "tiny", "seed": 3, "stop": "[]", "logprobs": None}
+FINGERPRINT = {
+    "model": "tiny",
+    "seed": 3,
+    "stop": "[]",
+    "logprobs": None,
+    "output_format": "jsonl",
+}
 
 
 def write(folder: Path, **contents: bytes) -> None:
@@ -20,7 +28,7 @@ def write(folder: Path, **contents: bytes) -> None:
 
 
 def make(folder: Path, shard_size: int, pattern: str = "*.txt") -> Plan:
-    root, inputs = plan_lib.find_inputs([folder / pattern], output=folder / "out")
+    root, inputs = inputs_lib.find([folder / pattern], output=folder / "out")
     return plan_lib.make(root, inputs, shard_size=shard_size, fingerprint=FINGERPRINT)
 
 
@@ -55,7 +63,7 @@ def test_shards_hold_every_line_once_and_in_order(contents, shard_size, block, t
     folder = tmp_path_factory.mktemp("input")
     write(folder, **{f"file{i}": content for i, content in enumerate(contents)})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_lib, "_BLOCK_BYTES", block)
+        patch.setattr(inputs_lib, "_BLOCK_BYTES", block)
         plan = make(folder, shard_size)
     expected = [line for content in contents for line in lines_of(content)]
     assert b"".join(spans_of(plan)) == b"".join(contents)
@@ -113,7 +121,7 @@ def test_a_hundred_thousand_lines_are_planned_in_constant_memory(tmp_path):
 def test_the_order_of_patterns_and_files_does_not_matter(tmp_path):
     write(tmp_path, b=b"2\n", a=b"1\n", c=b"3\n")
     found = [
-        plan_lib.find_inputs([tmp_path / name for name in names], output=tmp_path / "out")
+        inputs_lib.find([tmp_path / name for name in names], output=tmp_path / "out")
         for names in (["c.txt", "a.txt", "b.txt"], ["*.txt"], ["b*", "*", "a.txt"])
     ]
     assert found[0] == found[1] == found[2]
@@ -123,26 +131,29 @@ def test_the_order_of_patterns_and_files_does_not_matter(tmp_path):
 def test_names_are_below_the_fixed_part_of_the_pattern(tmp_path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     write(tmp_path / "deep" / "er", a=b"1\n")
-    root, inputs = plan_lib.find_inputs([tmp_path / "**" / "*.txt"], output=tmp_path.parent / "out")
-    assert (root, [i.name for i in inputs]) == (tmp_path, ["deep/er/a.txt"])
+    root, inputs = inputs_lib.find([tmp_path / "**" / "*.txt"], output=tmp_path.parent / "out")
+    assert (root, [i.name for i in inputs]) == (str(tmp_path), ["deep/er/a.txt"])
 
 
 @pytest.mark.parametrize(
     ("pattern", "told"),
     [
         ("nothing*.txt", "no file matches"),
-        ("", "is a folder; give a glob"),
-        ("*", "neither .jsonl nor .txt"),
-        ("table.parquet", "Parquet and compressed input are not supported yet"),
+        (
+            "*",
+            "1 of the inputs are in no known format: .*table.arrow; known are .parquet, and .jsonl",
+        ),
         ("gone.txt", "cannot read input"),
+        ("empty", "no file with a known suffix in"),
     ],
 )
 def test_inputs_that_cannot_be_used_are_refused(tmp_path, pattern, told):
     write(tmp_path, a=b"1\n")
-    (tmp_path / "table.parquet").write_bytes(b"PAR1")
+    (tmp_path / "table.arrow").write_bytes(b"ARROW1")
+    (tmp_path / "empty").mkdir()
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
     with pytest.raises(JobError, match=told):
-        plan_lib.find_inputs([tmp_path / pattern], output=tmp_path / "out")
+        inputs_lib.find([tmp_path / pattern], output=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -157,32 +168,32 @@ def test_inputs_that_cannot_be_used_are_refused(tmp_path, pattern, told):
 )
 def test_an_output_among_the_inputs_is_refused(tmp_path, pattern, output):
     with pytest.raises(JobError, match="would match the input"):
-        plan_lib.find_inputs([tmp_path / pattern], output=tmp_path / output)
+        inputs_lib.find([tmp_path / pattern], output=tmp_path / output)
 
 
 def test_an_output_beside_the_inputs_is_fine(tmp_path):
     write(tmp_path, a=b"1\n")
-    plan_lib.find_inputs([tmp_path / "*.txt"], output=tmp_path / "out")
+    inputs_lib.find([tmp_path / "*.txt"], output=tmp_path / "out")
 
 
 def test_a_file_that_grows_meanwhile_is_refused(tmp_path):
     write(tmp_path, a=b"1\n2\n")
     with pytest.raises(JobError, match="being written to"):
-        plan_lib.make(tmp_path, [Input("a.txt", 2, 0)], shard_size=1, fingerprint={})
+        plan_lib.make(str(tmp_path), [Input("a.txt", 2, 0)], shard_size=1, fingerprint={})
 
 
 def test_changes_are_named(tmp_path):
     write(tmp_path, a=b"1\n", b=b"2\n", c=b"3\n")
     plan = make(tmp_path, 2)
     a, _, c = plan.inputs
-    assert plan_lib.changes(plan, tmp_path, plan.inputs, FINGERPRINT) == []
-    now = [a._replace(mtime_ns=1), c, Input("d.txt", 1, 1)]
-    assert plan_lib.changes(plan, tmp_path, now, {**FINGERPRINT, "seed": 4}) == [
+    assert plan_lib.changes(plan, str(tmp_path), plan.inputs, FINGERPRINT) == []
+    now = [a._replace(version=1), c, Input("d.txt", 1, 1)]
+    assert plan_lib.changes(plan, str(tmp_path), now, {**FINGERPRINT, "seed": 4}) == [
         "seed was 3, is 4",
         f"input {tmp_path / 'a.txt'} was modified",
         f"input {tmp_path / 'b.txt'} was removed",
         f"input {tmp_path / 'd.txt'} was added",
     ]
-    assert plan_lib.changes(plan, tmp_path / "x", plan.inputs, FINGERPRINT) == [
+    assert plan_lib.changes(plan, str(tmp_path / "x"), plan.inputs, FINGERPRINT) == [
         f"the inputs' root was {tmp_path}, is {tmp_path / 'x'}"
     ]

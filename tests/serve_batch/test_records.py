@@ -1,14 +1,16 @@
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from core import Completion, Sampling
+from core.requests import TokenScore
 from serve_batch import records
 from serve_batch.records import Prompt, RowError, Source
 
-DEFAULTS = Sampling(max_new_tokens=7, seed=5)
+DEFAULTS = Sampling(max_new_tokens=7, seed=5, logprobs=2)
 
 
 TALK = [{"role": "user", "content": "hi"}]
@@ -78,8 +80,15 @@ def parse(line: bytes | dict, format: records.Format = "jsonl") -> Prompt | RowE
         ({"prompt": "a", "allowed_ids": [-1]}, "bad_parameter"),
         ({"prompt": "a", "min_new_tokens": 8}, "bad_parameter"),  # of at most 7
         ({"prompt": "a", "min_new_tokens": "2"}, "bad_parameter"),
-        ({"prompt": "a", "n": 4}, "unsupported_field"),
-        ({"prompt": "a", "logprobs": 2}, "unsupported_field"),
+        ({"prompt": "a", "n": 0}, "bad_parameter"),
+        ({"prompt": "a", "n": records.MAX_SAMPLES + 1}, "bad_parameter"),
+        ({"prompt": "a", "n": 10**1000}, "bad_parameter"),
+        ({"prompt": "a", "n": True}, "bad_parameter"),
+        ({"prompt": "a", "n": "2"}, "bad_parameter"),
+        ({"prompt": "a", "logprobs": 3}, "bad_parameter"),  # of at most 2
+        ({"prompt": "a", "logprobs": -1}, "bad_parameter"),
+        ({"prompt": "a", "logprobs": True}, "bad_parameter"),
+        ({"prompt": "a", "logprobs": 10**400}, "bad_parameter"),
         ({"messages": "hi"}, "bad_messages"),
         ({"messages": []}, "bad_messages"),
         ({"messages": [{"role": "nobody", "content": "hi"}]}, "bad_messages"),
@@ -112,12 +121,14 @@ def test_a_prompt_carries_its_id_its_parameters_and_the_fields_that_nobody_knows
         "stop": ["\n", "END"],
         "seed": 11,
         "ignore_eos": True,
+        "logprobs": 1,
     }
     bias = {"logit_bias": {"50256": -100, "0": 0.5}}
-    row = parse({"id": 7, "prompt": "a", **own, **bias, "label": {"gold": [1, None]}})
+    row = parse({"id": 7, "prompt": "a", "n": 3, **own, **bias, "label": {"gold": [1, None]}})
     assert row == Prompt(
         prompt="a",
         sampling=Sampling(**own, logit_bias={50256: -100, 0: 0.5}),
+        n=3,
         id=7,
         input={"label": {"gold": [1, None]}},
     )
@@ -182,15 +193,29 @@ def test_no_line_raises(line):
     assert isinstance(parse(line, "text"), Prompt | RowError)
 
 
+WHERE: dict[str, Any] = {
+    "index": 3,
+    "source": Source("a.jsonl", 20, 2),
+    "model": {"name": "m", "revision": "r"},
+}
+SCORES = (TokenScore(5, -0.5, ((5, -0.5), (7, float("-inf")))), TokenScore(6, -1.5, ()))
+
+
+def completion(text: str, *tokens: int, **more: Any) -> Completion:
+    return Completion(
+        text=text, tokens=tokens, finish_reason="eos", prompt_tokens=(1, 2, 3), **more
+    )
+
+
 def test_every_record_has_the_same_keys():
-    where = {"index": 3, "source": Source("a.jsonl", 20, 2), "model": {"name": "m"}}
-    completion = Completion(text="b", tokens=(5, 6), finish_reason="eos", prompt_tokens=(1, 2, 3))
     prompt = Prompt(prompt="a", sampling=DEFAULTS, input={"label": 1})
     error = RowError(code="bad_json", message="no")
-    ok, failed = records.record(prompt, completion, **where), records.record(error, error, **where)
-    assert list(ok) == list(failed)
-    assert ok | {"schema_version": 1} == {
-        "schema_version": 1,
+    ok = records.record(prompt, [completion("b", 5, 6)], **WHERE)
+    several = records.record(prompt, [completion("b"), completion("c")], **WHERE)
+    failed = records.record(error, error, **WHERE)
+    assert list(ok) == list(failed) == list(several)
+    assert ok | {"schema_version": 2} == {
+        "schema_version": 2,
         "id": "a.jsonl:20",
         "index": 3,
         "source": {"file": "a.jsonl", "offset": 20, "line": 2},
@@ -200,11 +225,40 @@ def test_every_record_has_the_same_keys():
         "tool_calls": None,
         "token_ids": [5, 6],
         "finish_reason": "eos",
-        "prompt_tokens": 3,
+        "logprobs": None,
         "completion_tokens": 2,
+        "prompt_tokens": 3,
+        "truncated_tokens": 0,
+        "samples": None,
         "error": None,
         "seed": 5,
-        "model": {"name": "m"},
+        "model": {"name": "m", "revision": "r"},
         "input": {"label": 1},
     }
     assert failed["error"] == {"code": "bad_json", "message": "no"}
+    assert all(failed[key] is None for key in records._NOTHING.keys() - {"status", "finish_reason"})
+
+
+def test_of_several_samples_the_first_stands_for_the_row_and_all_are_listed():
+    prompt = Prompt(prompt="a", sampling=DEFAULTS, n=2)
+    answers = [{"text": "B", "channels": {"final": "B"}, "tool_calls": []}, {"text": "C"}]
+    samples = [completion("b", 5), completion("c", 6, 7)]
+    record = records.record(prompt, samples, **WHERE, answers=answers, truncated=4)
+    first, second = record["samples"]
+    assert {key: record[key] for key in first} == first | {"completion_tokens": 3}
+    assert (first["text"], first["channels"], second["text"]) == ("B", {"final": "B"}, "C")
+    assert (second["token_ids"], second["completion_tokens"]) == ([6, 7], 2)
+    assert (record["prompt_tokens"], record["truncated_tokens"]) == (3, 4)
+
+
+def test_a_log_probability_that_json_cannot_say_is_null():
+    prompt = Prompt(prompt="a", sampling=DEFAULTS)
+    record = records.record(prompt, [completion("b", 5, 6, logprobs=SCORES)], **WHERE)
+    assert json.loads(records.to_line(record))["logprobs"] == [
+        {
+            "token": 5,
+            "logprob": -0.5,
+            "top": [{"token": 5, "logprob": -0.5}, {"token": 7, "logprob": None}],
+        },
+        {"token": 6, "logprob": -1.5, "top": []},
+    ]

@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,12 @@ import numpy as np
 import tqdm
 
 from core.config import PRECISIONS
-from serve_batch import output as output_lib
+from serve_batch import inputs as inputs_lib
 from serve_batch import plan as plan_lib
-from serve_batch import records
+from serve_batch import processes, records, stores
+from serve_batch.inputs import Input
 from serve_batch.output import OutputFolder, Receipt
-from serve_batch.plan import Input, JobError, Plan, Scalar, UsageError
+from serve_batch.plan import JobError, Plan, Scalar, UsageError
 from serve_batch.records import RowError
 
 if TYPE_CHECKING:
@@ -26,18 +27,9 @@ if TYPE_CHECKING:
 
 _PROGRESS_S = 0.5
 _LOCAL_RUNNERS = ("local", "FnApiRunner", "DirectRunner")
+_CLUSTER_RUNNERS = ("FlinkRunner", "SparkRunner", "DataflowRunner", "PortableRunner", "PrismRunner")
 _REFUSED_RUNNERS = {
     "DaskRunner": "Beam's DaskRunner loses rows and reports success; use --runner=local",
-    **{
-        name: f"{name} is not supported yet; use --runner=local"
-        for name in (
-            "FlinkRunner",
-            "SparkRunner",
-            "DataflowRunner",
-            "PortableRunner",
-            "PrismRunner",
-        )
-    },
 }
 
 
@@ -56,6 +48,9 @@ def run(
     dry_run: bool = False,
     max_error_rate: float = 1.0,
     overwrite: bool = False,
+    long_prompts: records.LongPrompts = "error",
+    output_format: plan_lib.OutputFormat = "jsonl",
+    retry_errors: bool | Collection[str] = False,
 ) -> dict[str, Any]:
     """Turns prompt files into completions and returns the manifest, with what this run did of it.
 
@@ -65,18 +60,24 @@ def run(
 
     Args:
       model: a model folder.
-      input: a glob, or several, of .jsonl and .txt files.
-      output: the folder for the parts; new, or of the same job.
+      input: a glob, a folder or a file, or several, of .jsonl, .txt and .parquet; here, or at gs:// or s3://.
+      output: the folder for the parts; new, or of the same job; here, or at gs:// or s3://.
       sampling: the defaults for rows that do not say otherwise.
       slots: rows that decode together.
       precision: one of `core.config.PRECISIONS`; by default what the model is stored in.
       shard_size: rows a part; an output folder that has a plan keeps its own.
-      workers: processes; more than 1 is refused.
-      runner: "local"; others are refused.
+      workers: processes on this machine, each with an accelerator of its own if there are any; with one of Beam's
+        runners, workers on the cluster.
+      runner: "local", or one of Beam's for clusters; see docs/batch.md.
       beam_options: further flags for Beam.
       dry_run: reads and checks every row, and returns the counts; neither loads the model nor writes.
       max_error_rate: the share of error rows above which the job fails; what it wrote is kept.
       overwrite: starts anew where another job's output is.
+      long_prompts: what is done with a prompt that the model's context does not hold, or that leaves no room for
+        max_new_tokens: one of `records.LONG_PROMPTS`.
+      output_format: one of `plan.OUTPUT_FORMATS`.
+      retry_errors: does the error rows of finished shards again, those with the given codes or all; sampling and other
+        settings may then differ from those of the job, the model may not.
 
     Raises:
       UsageError: arguments that cannot be.
@@ -99,19 +100,43 @@ def run(
         runner=runner,
         beam_options=beam_options,
         max_error_rate=max_error_rate,
+        long_prompts=long_prompts,
+        output_format=output_format,
+        is_clear=not (overwrite and retry_errors),
     )
-    folder = OutputFolder(plan_lib.absolute_path(output))
-    root, inputs = plan_lib.find_inputs(patterns, output=folder.path)
+    folder = OutputFolder(stores.absolute(output))
+    root, inputs = inputs_lib.find(patterns, output=folder.place)
     fingerprint = plan_lib.fingerprint(
-        plan_lib.absolute_path(model), sampling, slots=slots, precision=precision
+        plan_lib.absolute_path(model),
+        sampling,
+        slots=slots,
+        precision=precision,
+        long_prompts=long_prompts,
+        output_format=output_format,
     )
     if dry_run:
         plan = plan_lib.make(root, inputs, shard_size=shard_size, fingerprint=fingerprint)
         return _inspect(plan, sampling)
     folder.check_ours()
     with folder.lock():
-        plan = _settle(folder, root, inputs, shard_size, fingerprint, overwrite=overwrite)
-        left = [shard for shard in plan.shards if folder.receipt(plan, shard) is None]
+        plan = _settle(
+            folder,
+            root,
+            inputs,
+            shard_size,
+            fingerprint,
+            overwrite=overwrite,
+            retries=retry_errors is not False,
+        )
+        before = folder.receipts(plan)
+        codes = None if retry_errors is False else _codes(retry_errors)
+        others = _others(plan, fingerprint)
+        _expect_finished(folder, before, others)
+        left = [
+            shard
+            for shard, receipt in zip(plan.shards, before, strict=True)
+            if receipt is None or receipt.selected(codes)
+        ]
         if left:
             from serve_batch.shards import Job
 
@@ -121,20 +146,61 @@ def run(
                 sampling=sampling,
                 slots=slots,
                 precision=precision,
+                long_prompts=long_prompts,
+                retried_codes=codes,
+                retried_with=others,
                 reports_progress=sys.stderr.isatty(),
             )
             with _progress(folder, plan.rows, done=plan.rows - sum(s.rows for s in left)):
-                _generate(job, beam_options)
-            now = plan_lib.find_inputs(patterns, output=folder.path)
-            _expect_unchanged(folder, plan, *now, fingerprint)
-        manifest = _publish(folder, plan, max_error_rate)
-        receipts = [receipt for shard in left if (receipt := folder.receipt(plan, shard))]
+                _generate(job, [s.number for s in left], runner, beam_options, workers)
+            now = inputs_lib.find(patterns, output=folder.place)
+            _expect_unchanged(folder, plan, *now, fingerprint | _of_plan(plan, others))
+        after = folder.verified(plan)
+        manifest = _publish(folder, plan, after, max_error_rate)
     return manifest | {
         "elapsed_s": time.monotonic() - started,
         "shards_done": len(left),
-        "rows_done": sum(receipt.rows for receipt in receipts),
-        "tokens_done": sum(receipt.completion_tokens for receipt in receipts),
+        "rows_done": sum(
+            shard.rows if (was := before[shard.number]) is None else was.selected(codes)
+            for shard in left
+        ),
+        "tokens_done": sum(
+            after[shard.number].completion_tokens
+            - (was.completion_tokens if (was := before[shard.number]) else 0)
+            for shard in left
+        ),
     }
+
+
+def _codes(retry_errors: bool | Collection[str]) -> frozenset[str]:
+    """Returns the codes of errors to do again; none at all stands for every one."""
+    return frozenset() if isinstance(retry_errors, bool) else frozenset(retry_errors)
+
+
+_OF_EVERY_RECORD = ("schema_version", "model", "revision", "output_format")
+
+
+def _others(plan: Plan, fingerprint: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Returns what may be, and is, another than in the plan when error rows are done again."""
+    names = {**plan.fingerprint, **fingerprint}.keys() - _OF_EVERY_RECORD
+    found = {name: fingerprint.get(name) for name in sorted(names)}
+    return {name: value for name, value in found.items() if plan.fingerprint.get(name) != value}
+
+
+def _of_plan(plan: Plan, names: Iterable[str]) -> dict[str, Scalar]:
+    return {name: plan.fingerprint.get(name) for name in names}
+
+
+def _expect_finished(
+    folder: OutputFolder, receipts: Sequence[Receipt | None], others: Mapping[str, Scalar]
+) -> None:
+    """Raises JobError where rows that were never done would be done with other settings than the rest."""
+    unfinished = receipts.count(None)
+    if unfinished and others:
+        raise JobError(
+            f"{unfinished} of {len(receipts)} shards in {folder.place} are not done, and {', '.join(others)} "
+            "differ from when the job was begun; end it with the same command first, then retry its errors"
+        )
 
 
 def _check(
@@ -149,6 +215,9 @@ def _check(
     runner: str,
     beam_options: Sequence[str],
     max_error_rate: float,
+    long_prompts: str,
+    output_format: str,
+    is_clear: bool,
 ) -> None:
     """Raises UsageError for arguments that cannot be, before anything is read."""
     if not patterns or not all([*patterns, output]):
@@ -158,18 +227,30 @@ def _check(
             raise UsageError(f"{name} is {value}; expected 1 or more")
     if precision is not None and precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
-    if workers > 1:
-        raise UsageError(
-            f"workers is {workers}; one process is what is supported yet, and it uses every core: Beam's local "
-            "runner waits without end for a worker process that was killed"
-        )
+    if workers > 1 and runner in _LOCAL_RUNNERS:
+        processes.check(workers)
     if not 0 <= max_error_rate <= 1:
         raise UsageError(f"max_error_rate is {max_error_rate}; expected a share between 0 and 1")
-    if sampling.logprobs is not None:
-        raise UsageError("log-probabilities are not supported in batch output yet")
-    if runner not in _LOCAL_RUNNERS:
-        raise UsageError(_REFUSED_RUNNERS.get(runner, f"there is no runner {runner!r}; use local"))
-    if beam_options:
+    if long_prompts not in records.LONG_PROMPTS:
+        choices = ", ".join(records.LONG_PROMPTS)
+        raise UsageError(f"long_prompts {long_prompts!r} is not one of {choices}")
+    if output_format not in plan_lib.OUTPUT_FORMATS:
+        choices = ", ".join(plan_lib.OUTPUT_FORMATS)
+        raise UsageError(f"output_format {output_format!r} is not one of {choices}")
+    if not is_clear:
+        raise UsageError(
+            "give --overwrite or --retry_errors, not both: one discards what the other keeps"
+        )
+    if runner in _CLUSTER_RUNNERS:
+        from serve_batch import runners
+
+        with runners.cluster(runner, beam_options, workers=workers, output=str(output)):
+            pass  # nothing is started
+    elif runner not in _LOCAL_RUNNERS:
+        choices = ", ".join(("local", *_CLUSTER_RUNNERS))
+        why = f"there is no runner {runner!r}; choose one of {choices}"
+        raise UsageError(_REFUSED_RUNNERS.get(runner, why))
+    elif beam_options:
         from serve_batch import runners
 
         runners.pipeline_options(beam_options)
@@ -177,12 +258,13 @@ def _check(
 
 def _settle(
     folder: OutputFolder,
-    root: Path,
+    root: str,
     inputs: Sequence[Input],
     shard_size: int,
     fingerprint: Mapping[str, Scalar],
     *,
     overwrite: bool,
+    retries: bool = False,
 ) -> Plan:
     """Returns the plan to carry out: the one that is there, if it is this job's, else a new one, written down."""
     plan = None if overwrite else folder.read_plan()
@@ -190,54 +272,72 @@ def _settle(
         plan = plan_lib.make(root, inputs, shard_size=shard_size, fingerprint=fingerprint)
         if overwrite:
             folder.clear()
-        with output_lib.committing(folder.plan_file) as file:
-            file.write(plan.to_json())
-    _expect_unchanged(folder, plan, root, inputs, fingerprint)
+        folder.write_plan(plan)
+    same = _of_plan(plan, _others(plan, fingerprint)) if retries else {}
+    _expect_unchanged(folder, plan, root, inputs, {**fingerprint, **same})
     folder.remove_leftovers()
+    folder.settle(plan)
     return plan
 
 
 def _expect_unchanged(
     folder: OutputFolder,
     plan: Plan,
-    root: Path,
+    root: str,
     inputs: Sequence[Input],
     fingerprint: Mapping[str, Scalar],
 ) -> None:
     if changes := plan_lib.changes(plan, root, inputs, fingerprint):
         raise JobError(
-            f"{folder.path} belongs to another job: {'; '.join(changes[:4])}; "
+            f"{folder.place} belongs to another job: {'; '.join(changes[:4])}; "
             "choose another output folder, or start anew with --overwrite"
         )
 
 
-def _generate(job: "Job", beam_options: Sequence[str]) -> None:
+def _generate(
+    job: "Job", left: Sequence[int], runner: str, beam_options: Sequence[str], workers: int
+) -> None:
+    if workers > 1 and runner in _LOCAL_RUNNERS:
+        try:
+            return processes.generate(job, left, workers)
+        except JobError as error:
+            raise JobError(f"{error}; {_KEPT}") from error
     from serve_batch import runners
 
     with runners.quiet():
         try:
-            runners.run(job, *runners.local(beam_options))
+            if runner in _LOCAL_RUNNERS:
+                runners.run(job, *runners.local(beam_options))
+            else:
+                where = str(job.output.path)
+                with runners.cluster(
+                    runner, beam_options, workers=workers, output=where
+                ) as engine:
+                    runners.run(job, *engine)
         except Exception as error:
             what = runners.cause(error)
             if what == KeyboardInterrupt.__name__:  # Beam makes a RuntimeError of it
                 raise KeyboardInterrupt from error
-            raise JobError(
-                f"{what}; finished shards are kept: run the same command again to go on"
-            ) from error
+            raise JobError(f"{what}; {_KEPT}") from error
 
 
-def _publish(folder: OutputFolder, plan: Plan, max_error_rate: float) -> dict[str, Any]:
-    """Returns the manifest, written once every part has been verified, and `_SUCCESS` after it."""
-    manifest = _manifest(plan, output_lib.verified(folder, plan))
-    folder.write_json("manifest.json", manifest)
+_KEPT = "finished shards are kept: run the same command again to go on"
+
+
+def _publish(
+    folder: OutputFolder, plan: Plan, receipts: Sequence[Receipt], max_error_rate: float
+) -> dict[str, Any]:
+    """Returns the manifest, written now that every part has been verified, and `_SUCCESS` after it."""
+    manifest = _manifest(plan, receipts)
+    folder.publish(manifest)
     rows, errors = manifest["rows"], manifest["errors"]
     if errors > max_error_rate * rows:
         raise JobError(
             f"{errors} of {rows} rows are errors ({errors / rows:.1%}), more than --max_error_rate="
             f"{max_error_rate}; most often {max(manifest['errors_by_code'].items(), key=_count)[0]}. "
-            f"The parts are kept in {folder.path}, without _SUCCESS; see its errors folder"
+            f"The parts are kept in {folder.place}, without _SUCCESS; see its errors folder"
         )
-    folder.write_json("_SUCCESS", {})
+    folder.succeed()
     return manifest
 
 
@@ -249,7 +349,13 @@ def _manifest(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
     """Returns what the parts hold; the same for the same job, whoever did it and however often it was resumed."""
     by_code = sum((Counter(receipt.errors) for receipt in receipts), Counter())
     parts = [
-        {"file": plan.part_name(shard), "rows": r.rows, "bytes": r.bytes, "sha256": r.sha256}
+        {
+            "file": plan.part_name(shard),
+            "rows": r.rows,
+            "bytes": r.nbytes,
+            "sha256": r.sha256,
+            "retried_with": dict(r.retried_with),
+        }
         for shard, r in zip(plan.shards, receipts, strict=True)
     ]
     rows = sum(receipt.rows for receipt in receipts)
@@ -264,6 +370,7 @@ def _manifest(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
         "errors": by_code.total(),
         "errors_by_code": dict(sorted(by_code.items())),
         "duplicate_ids": _duplicates(receipts),
+        "truncated": sum(receipt.truncated for receipt in receipts),
         "prompt_tokens": sum(receipt.prompt_tokens for receipt in receipts),
         "completion_tokens": sum(receipt.completion_tokens for receipt in receipts),
         "devices": sorted({receipt.device for receipt in receipts}),
@@ -273,8 +380,12 @@ def _manifest(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
 
 def _duplicates(receipts: Sequence[Receipt]) -> int:
     """How many rows brought an id that a row before them had brought."""
-    ids = np.frombuffer(bytes.fromhex("".join(receipt.ids for receipt in receipts)), np.uint64)
-    return len(ids) - len(np.unique(ids))
+    ids = np.concatenate(
+        [np.frombuffer(bytes.fromhex(receipt.ids), np.uint64) for receipt in receipts]
+        or [np.zeros(0, np.uint64)]
+    )
+    ids.sort()
+    return int((ids[1:] == ids[:-1]).sum())
 
 
 def _inspect(plan: Plan, sampling: "Sampling") -> dict[str, Any]:

@@ -6,24 +6,34 @@
     _receipts/00000.json           written after its part: this shard is done
     manifest.json, _SUCCESS        written last, once every row is accounted for
 
-A file is written under a temporary name, synced and renamed, so a name that exists is whole. A receipt is the commit:
-killed before it, a shard is done again and comes out the same; killed after it, it is skipped.
+A name that exists is whole (`serve_batch.stores`). A receipt is the commit: killed before it, a shard is done again and
+comes out the same; killed after it, it is skipped.
+
+A part that takes the place of another is announced by a receipt that holds the old one's: new receipt, new part, new
+errors, then the receipt alone. Killed in between, whichever of the two parts is there has its receipt, and `settle`
+does what is left.
 """
 
 import contextlib
 import dataclasses
-import fcntl
+import functools
+import hashlib
 import json
 import os
-import socket
-import uuid
-from collections.abc import Iterator, Mapping
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from serve_batch import parts, stores
 from serve_batch.plan import JobError, Plan, Shard
+from serve_batch.stores import Store
+from serve_batch.stores import committing as committing
 
-_LOCK = "_lock"
+_LOCK, _PLAN, _SUCCESS, _MANIFEST = "_lock", "_plan.json", "_SUCCESS", "manifest.json"
+_RECEIPTS, _ERRORS = "_receipts", "errors"
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,35 +43,62 @@ class Receipt:
     shard: int
     rows: int
     errors: Mapping[str, int]
+    truncated: int
     prompt_tokens: int
     completion_tokens: int
-    bytes: int
+    nbytes: int
     sha256: str
     device: str
     ids: str
+    retried_with: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What of the job's fingerprint was another when error rows were done again."""
+    previous: "Receipt | None" = None
+    """Of the part that is there until this one's takes its place."""
+
+    def selected(self, codes: frozenset[str] | None) -> int:
+        """Returns how many error rows have one of `codes`: all of them if it is empty, none if it is None."""
+        if codes is None:
+            return 0
+        return sum(count for code, count in self.errors.items() if not codes or code in codes)
+
+    def to_json(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self)).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, content: bytes) -> "Receipt":
+        """Raises ValueError or TypeError where `content` is no receipt."""
+        fields = json.loads(content)
+        if fields.get("previous") is not None:
+            fields["previous"] = cls(**fields["previous"])
+        return cls(**fields)
 
 
 @dataclasses.dataclass(frozen=True)
 class OutputFolder:
-    path: Path
+    place: Path | str
+    """A path, or a URL."""
+
+    @functools.cached_property
+    def store(self) -> Store:
+        return stores.at(self.place)
+
+    @property
+    def path(self) -> Path:
+        """Of a folder on this machine."""
+        assert not stores.is_remote(self.place)
+        return Path(self.place)
 
     @property
     def plan_file(self) -> Path:
-        return self.path / "_plan.json"
+        return self.path / _PLAN
 
     @property
     def progress_file(self) -> Path:
         """Workers append a line per chunk of rows here while somebody watches; gone when the job ends."""
-        return self.path / "_progress"
-
-    def receipt_file(self, shard: Shard) -> Path:
-        return self.path / "_receipts" / f"{shard.number:05d}.json"
-
-    def part_file(self, plan: Plan, shard: Shard) -> Path:
-        return self.path / plan.part_name(shard)
-
-    def errors_file(self, plan: Plan, shard: Shard) -> Path:
-        return self.path / "errors" / plan.part_name(shard)
+        if not stores.is_remote(self.place):
+            return self.path / "_progress"
+        digest = hashlib.sha256(str(self.place).encode()).hexdigest()
+        return Path(tempfile.gettempdir(), f"flaxmill-{os.getuid()}-{digest[:16]}")
 
     def check_ours(self) -> None:
         """Makes sure that writing here, or clearing, touches nothing that a batch job did not write.
@@ -69,17 +106,16 @@ class OutputFolder:
         Raises:
           JobError: the folder holds something, and no plan says that it is a job's.
         """
-        if self.plan_file.exists() or not self.path.exists():
-            return
-        if not self.path.is_dir():
-            raise JobError(f"output {self.path} is not a folder")
+        if not stores.is_remote(self.place) and self.path.exists() and not self.path.is_dir():
+            raise JobError(f"output {self.place} is not a folder")
+        names = sorted(self.store.sizes())
+        if not stores.is_remote(self.place) and self.path.exists():
+            names = sorted(path.name for path in self.path.iterdir())  # and folders
         # What a job leaves that is killed as it writes its plan.
-        unfinished_plan = f"{self.plan_file.name}.tmp."
-        names = sorted(path.name for path in self.path.iterdir())
-        held = [name for name in names if name != _LOCK and not name.startswith(unfinished_plan)]
-        if held:
+        held = [name for name in names if name != _LOCK and not name.startswith(f"{_PLAN}.tmp.")]
+        if held and _PLAN not in held:
             raise JobError(
-                f"output folder {self.path} holds {held[0]!r} but no {self.plan_file.name}: "
+                f"output folder {self.place} holds {held[0]!r} but no {_PLAN}: "
                 "it is not a batch job's; choose a new or empty folder"
             )
 
@@ -89,131 +125,177 @@ class OutputFolder:
         Raises:
           JobError: the plan is another version's.
         """
-        if not self.plan_file.exists():
+        try:
+            content = self.store.read(_PLAN)
+        except FileNotFoundError:
             return None
         try:
-            return Plan.from_json(self.plan_file.read_bytes())
+            return Plan.from_json(content)
         except (ValueError, KeyError, TypeError) as error:
             raise JobError(
-                f"{self.plan_file} is not a plan that this version can read ({error!r}); "
+                f"{self.place}/{_PLAN} is not a plan that this version can read ({error!r}); "
                 "choose another output folder, or start anew with --overwrite"
             ) from error
 
+    def write_plan(self, plan: Plan) -> None:
+        with self.store.writing(_PLAN) as file:
+            file.write(plan.to_json())
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the folder, which is made if need be, for this process; the system lets go when the process dies.
+        """Holds the folder, which is made if need be, for this process.
 
         Raises:
           JobError: another job holds it, or the folder cannot be written.
         """
-        path = self.path / _LOCK
-        descriptor = self._open_lock(path)
-        try:
-            os.truncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        with self.store.holding(_LOCK):
             yield
-        finally:
-            path.unlink(missing_ok=True)
-            os.close(descriptor)
-
-    def _open_lock(self, path: Path) -> int:
-        while True:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            except OSError as error:
-                raise JobError(f"cannot write to {self.path}: {error.strerror}") from error
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.pread(descriptor, 200, 0).decode(errors="replace")
-                os.close(descriptor)
-                raise JobError(
-                    f"another job ({holder}) is writing to {self.path}; "
-                    "wait for it, or choose another output"
-                ) from None
-            # A job that ended in between has removed the file that was opened.
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-            os.close(descriptor)
 
     def clear(self) -> None:
         """Removes what an earlier job wrote here, `_SUCCESS` first; nothing else is touched.
 
         The plan stays until another takes its name, so the folder is a job's at every moment.
         """
-        parts = ["part-*-of-*.jsonl", "errors/part-*-of-*.jsonl"]
-        for pattern in ["_SUCCESS", "manifest.json", *parts, "_receipts/*.json"]:
-            for path in self.path.glob(pattern):
-                path.unlink()
+        for name in (_SUCCESS, _MANIFEST):
+            self.store.remove(name)
+        is_part = re.compile(r"(errors/)?part-[^/]*-of-[^/]*\.(jsonl|parquet)")
+        for folder in ("", _ERRORS):
+            for name in filter(is_part.fullmatch, self.store.sizes(folder)):
+                self.store.remove(name)
+        for name in self.store.sizes(_RECEIPTS):
+            if name.endswith(".json"):
+                self.store.remove(name)
 
     def remove_leftovers(self) -> None:
         """Removes what a killed job left half-done; a worker that outlived it loses its work, not ours."""
-        leftovers = ["_SUCCESS", "_progress", "*.tmp.*", "errors/*.tmp.*", "_receipts/*.tmp.*"]
-        for pattern in leftovers:
-            for path in self.path.glob(pattern):
-                path.unlink(missing_ok=True)
+        self.store.remove(_SUCCESS)
+        self.progress_file.unlink(missing_ok=True)
+        for folder in ("", _ERRORS, _RECEIPTS):
+            for name in self.store.sizes(folder):
+                if ".tmp." in name:
+                    self.store.remove(name)
+
+    def receipts(self, plan: Plan) -> list[Receipt | None]:
+        """Returns the receipt of each shard that is done: its part is there, in the size that the receipt says."""
+        sizes = self.store.sizes()
+        found: list[Receipt | None] = [None] * len(plan.shards)
+        for shard, content in self._receipts(plan):
+            size = sizes.get(plan.part_name(shard))
+            found[shard.number] = self._valid(content, size, plan, shard)
+        return found
+
+    def _receipts(self, plan: Plan) -> Iterator[tuple[Shard, bytes]]:
+        """Yields the receipts that there are, whatever they say."""
+        there = self.store.sizes(_RECEIPTS).keys()
+        shards = [shard for shard in plan.shards if _receipt_name(shard) in there]
+        contents = self.store.read_each(map(_receipt_name, shards))
+        return zip(shards, contents, strict=True)
 
     def receipt(self, plan: Plan, shard: Shard) -> Receipt | None:
-        """Returns the receipt of a shard that is done: its part is there, in the size that the receipt says."""
+        """Returns the receipt of a shard that is done."""
         try:
-            receipt = Receipt(**json.loads(self.receipt_file(shard).read_bytes()))
-            size = self.part_file(plan, shard).stat().st_size
-        except (OSError, ValueError, TypeError):
+            content = self.store.read(_receipt_name(shard))
+            size = self.store.stat(plan.part_name(shard)).size
+        except OSError:
             return None
-        return receipt if receipt.bytes == size and receipt.rows == shard.rows else None
+        return self._valid(content, size, plan, shard)
+
+    def _valid(
+        self, content: bytes | None, size: int | None, plan: Plan, shard: Shard
+    ) -> Receipt | None:
+        """Returns what a receipt says of the part that is there, if it says anything of it."""
+        try:
+            receipt = None if content is None else Receipt.from_json(content)
+        except (ValueError, TypeError, AttributeError):
+            return None
+        candidates = [c for c in (receipt, receipt and receipt.previous) if c is not None]
+        candidates = [c for c in candidates if c.nbytes == size and c.rows == shard.rows]
+        if len(candidates) < 2:
+            return candidates[0] if candidates else None
+        found = self._sha256(plan.part_name(shard))
+        return next((c for c in candidates if c.sha256 == found), None)
 
     def write_receipt(self, shard: Shard, receipt: Receipt) -> None:
-        with committing(self.receipt_file(shard)) as file:
-            file.write(json.dumps(dataclasses.asdict(receipt)).encode() + b"\n")
+        with self.store.writing(_receipt_name(shard)) as file:
+            file.write(receipt.to_json())
 
-    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        with committing(self.path / name) as file:
+    def write_errors(self, plan: Plan, shard: Shard, failed: Sequence[Any]) -> None:
+        """Writes the error records of a part, as `parts.Writer.write` returned them."""
+        name = f"{_ERRORS}/{plan.part_name(shard)}"
+        if not failed:
+            self.store.remove(name)
+            return
+        with self.store.writing(name) as file, parts.Writer(file, plan.output_format) as errors:
+            for record in failed:
+                errors.keep(record)
+
+    def read_part(self, plan: Plan, shard: Shard) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """Yields a part's records, each as it is kept and as it reads."""
+        with self.store.open(plan.part_name(shard)) as file:
+            yield from parts.read(file, plan.output_format)
+
+    def settle(self, plan: Plan) -> None:
+        """Ends what was being replaced when a job was killed, or takes it back."""
+        for shard, content in self._receipts(plan):
+            if b'"previous": null' in content:
+                continue
+            receipt = self.receipt(plan, shard)
+            if receipt is None:
+                self.store.remove(_receipt_name(shard))
+            elif receipt.previous is not None:
+                self.commit_replacement(plan, shard, receipt)
+            else:
+                self.write_receipt(shard, receipt)
+
+    def commit_replacement(self, plan: Plan, shard: Shard, receipt: Receipt) -> None:
+        """Makes errors and receipt those of the part that is there."""
+        rows = self.read_part(plan, shard)
+        failed = [kept for kept, record in rows if record["status"] == "error"]
+        self.write_errors(plan, shard, failed)
+        self.write_receipt(shard, dataclasses.replace(receipt, previous=None))
+
+    def publish(self, manifest: Mapping[str, Any]) -> None:
+        self._write_json(_MANIFEST, manifest)
+
+    def succeed(self) -> None:
+        self._write_json(_SUCCESS, {})
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        with self.store.writing(name) as file:
             file.write(json.dumps(content, indent=2).encode() + b"\n")
 
+    def verified(self, plan: Plan) -> list[Receipt]:
+        """Returns the receipts of all shards, once every part has been found to be what was written.
 
-def verified(output: OutputFolder, plan: Plan) -> list[Receipt]:
-    """Returns the receipts of all shards, after reading every part again: it is there, and it is what was written.
+        On this machine each part is read again; an object store vouches for what it took, so there sizes are compared.
 
-    Raises:
-      JobError: a part is missing or was changed. The next run does those shards again.
-    """
-    from core import checkpoint  # imports jax
+        Raises:
+          JobError: a part is missing or was changed. The next run does those shards again.
+        """
+        is_remote = stores.is_remote(self.place)
+        found = self.receipts(plan)
+        broken = [
+            shard
+            for shard, receipt in zip(plan.shards, found, strict=True)
+            if receipt is None
+            or not (is_remote or self._sha256(plan.part_name(shard)) == receipt.sha256)
+        ]
+        for shard in broken:
+            self.store.remove(_receipt_name(shard))
+        if broken:
+            raise JobError(
+                f"{len(broken)} of {len(plan.shards)} parts are missing or were changed after they were written, "
+                f"first {plan.part_name(broken[0])}; run the same command again to redo them"
+            )
+        return [receipt for receipt in found if receipt is not None]
 
-    receipts = []
-    broken = []
-    for shard in plan.shards:
-        receipt = output.receipt(plan, shard)
-        part = output.part_file(plan, shard)
-        if receipt is None or checkpoint.sha256(part) != receipt.sha256:
-            output.receipt_file(shard).unlink(missing_ok=True)
-            broken.append(plan.part_name(shard))
-        else:
-            receipts.append(receipt)
-    if broken:
-        raise JobError(
-            f"{len(broken)} of {len(plan.shards)} parts are missing or were changed after they were written, "
-            f"first {broken[0]}; run the same command again to redo them"
-        )
-    return receipts
+    def _sha256(self, name: str) -> str:
+        digest = hashlib.sha256()
+        with self.store.open(name) as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+        return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def committing(path: Path) -> Iterator[BinaryIO]:
-    """Yields a file that appears as `path`, whole and synced, when the block ends, and not at all if it raises."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # the rename itself, so that it survives a power cut
-    finally:
-        os.close(descriptor)
+def _receipt_name(shard: Shard) -> str:
+    return f"{_RECEIPTS}/{shard.number:05d}.json"

@@ -1,7 +1,7 @@
 """What a job will do, decided before it starts and written down: the input files, the shards, and the fingerprint.
 
-A row is a line. A shard is a run of consecutive rows, kept as byte ranges of the input files, so that a worker opens
-the files and seeks; no prompt ever travels through the pipeline. Shards follow the order of the input, hence the parts
+A shard is a run of consecutive rows, kept as ranges of the input files (`serve_batch.inputs`), so that a worker reads
+them itself; no prompt ever travels through the pipeline. Shards follow the order of the input, hence the parts
 they become, concatenated, do too. The fingerprint names everything that changes a row's output: a job resumes only
 where it is the same.
 """
@@ -9,48 +9,32 @@ where it is the same.
 import dataclasses
 import datetime
 import functools
-import glob
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import numpy as np
-
-from core.errors import FlaxmillError
 from core.tokenizer import GENERATION_CONFIG, TOKENIZER_FILES
-from serve_batch import records
+from serve_batch import inputs as inputs_lib
+from serve_batch import records, stores
+from serve_batch.errors import JobError as JobError
+from serve_batch.errors import UsageError as UsageError
+from serve_batch.inputs import Input
 
 if TYPE_CHECKING:
     from core import Sampling
 
 Scalar = str | int | float | bool | None
-
-_BLOCK_BYTES = 1 << 20
-
-
-class JobError(FlaxmillError):
-    """A job that cannot go on: what was found, what was expected, what to do next."""
-
-
-class UsageError(FlaxmillError, ValueError):
-    """Arguments that cannot be; nothing has been touched."""
-
-
-class Input(NamedTuple):
-    name: str
-    """The path below the root of the inputs, with forward slashes."""
-    size: int
-    mtime_ns: int
+OutputFormat = Literal["jsonl", "parquet"]
+OUTPUT_FORMATS: tuple[OutputFormat, ...] = ("jsonl", "parquet")
 
 
 class Span(NamedTuple):
-    """Whole lines of one input: bytes `start` to `end`, the first of them line number `line`."""
+    """Whole rows of one input: from `start` to `end` as `inputs.row_ends` counts, the first of them number `line`."""
 
     input: int
     start: int
@@ -83,7 +67,11 @@ class Plan:
         return sum(shard.rows for shard in self.shards)
 
     def part_name(self, shard: Shard) -> str:
-        return f"part-{shard.number:05d}-of-{len(self.shards):05d}.jsonl"
+        return f"part-{shard.number:05d}-of-{len(self.shards):05d}.{self.output_format}"
+
+    @property
+    def output_format(self) -> str:
+        return str(self.fingerprint["output_format"])
 
     def to_json(self) -> bytes:
         return json.dumps(dataclasses.asdict(self)).encode() + b"\n"
@@ -105,20 +93,20 @@ class Plan:
 
 
 def make(
-    root: Path,
+    root: str,
     inputs: Sequence[Input],
     *,
     shard_size: int,
     fingerprint: Mapping[str, Scalar],
 ) -> Plan:
-    """Returns the plan for `inputs`, reading each once to find its lines: about a second per gigabyte.
+    """Returns the plan for `inputs`, reading each once to find its rows: about a second per gigabyte.
 
     Raises:
-      JobError: a file cannot be read, or changes meanwhile.
+      JobError: a file cannot be read, is damaged, or changes meanwhile.
     """
     shards = tuple(_shards(root, inputs, shard_size))
     return Plan(
-        root=str(root),
+        root=root,
         inputs=tuple(inputs),
         shards=shards,
         fingerprint=fingerprint,
@@ -127,7 +115,7 @@ def make(
 
 
 def changes(
-    plan: Plan, root: Path, inputs: Sequence[Input], fingerprint: Mapping[str, Scalar]
+    plan: Plan, root: str, inputs: Sequence[Input], fingerprint: Mapping[str, Scalar]
 ) -> list[str]:
     """Returns what is not as it was when `plan` was made, a phrase each; nothing if the job can go on."""
     names = {**plan.fingerprint, **fingerprint}
@@ -136,42 +124,14 @@ def changes(
         for name in names
         if plan.fingerprint.get(name) != fingerprint.get(name)
     ]
-    if plan.root != str(root):
+    if plan.root != root:
         return [*told, f"the inputs' root was {plan.root}, is {root}"]
     before, now = {i.name: i for i in plan.inputs}, {i.name: i for i in inputs}
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             what = "added" if name not in before else "removed" if name not in now else "modified"
-            told.append(f"input {root / name} was {what}")
+            told.append(f"input {root}/{name} was {what}")
     return told
-
-
-def find_inputs(patterns: Sequence[str | Path], *, output: Path) -> tuple[Path, list[Input]]:
-    """Returns the root of the inputs, and the files that `patterns` match, in the order of their names.
-
-    The root is where the fixed part of the patterns ends; it does not depend on which files there are.
-
-    Raises:
-      JobError: nothing matches, a file is in no known format, or `output` would be among the inputs.
-    """
-    absolute = [absolute_path(pattern) for pattern in patterns]
-    found: set[Path] = set()
-    for pattern in absolute:
-        if pattern.is_dir():
-            raise JobError(f"input {pattern} is a folder; give a glob such as {pattern}/*.jsonl")
-        if _would_match(pattern, output):
-            raise JobError(
-                f"the output folder {output} would match the input {pattern}; choose another output"
-            )
-        matches = glob.iglob(str(pattern), recursive=True)  # noqa: PTH207 (absolute patterns)
-        files = [path for path in map(Path, matches) if not path.is_dir()]
-        if not files:
-            raise JobError(f"no file matches {pattern}")
-        found.update(files)
-    _check_formats(found)
-    root = Path(os.path.commonpath([_fixed_part(pattern) for pattern in absolute]))
-    names = sorted(path.relative_to(root).as_posix() for path in found)
-    return root, [_stat(root, name) for name in names]
 
 
 def absolute_path(path: str | Path) -> Path:
@@ -179,56 +139,15 @@ def absolute_path(path: str | Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100
 
 
-def _fixed_part(pattern: Path) -> Path:
-    """Returns the folder above the first wildcard, or above the file."""
-    while glob.has_magic(str(pattern)):
-        if not glob.has_magic(str(pattern.parent)):
-            break
-        pattern = pattern.parent
-    return pattern.parent
-
-
-def _would_match(pattern: Path, output: Path) -> bool:
-    """Whether `pattern` would take what a job writes into `output` for its input."""
-    fixed = _fixed_part(pattern)
-    if "**" in pattern.parts:
-        return output.is_relative_to(fixed)
-    parts = [output / "part-00000-of-00001.jsonl", output / "errors" / "part-00000-of-00001.jsonl"]
-    return any(
-        len(part.parts) == len(pattern.parts) and all(map(fnmatchcase, part.parts, pattern.parts))
-        for part in parts
-    )
-
-
-def _check_formats(paths: Iterable[Path]) -> None:
-    unknown = sorted(str(path) for path in paths if path.suffix not in records.FORMATS)
-    if unknown:
-        known = " and ".join(records.FORMATS)
-        raise JobError(
-            f"{len(unknown)} of the inputs are neither {known.replace('and', 'nor')}: "
-            f"{', '.join(unknown[:3])}; Parquet and compressed input are not supported yet"
-        )
-
-
-def _stat(root: Path, name: str) -> Input:
-    try:
-        name.encode()
-        stat = (root / name).stat()
-    except UnicodeEncodeError:
-        raise JobError(f"the file name {name!r} is not UTF-8; rename the file") from None
-    except OSError as error:
-        raise JobError(f"cannot read input {root / name}: {error.strerror}") from error
-    return Input(name, stat.st_size, stat.st_mtime_ns)
-
-
-def _shards(root: Path, inputs: Sequence[Input], size: int) -> Iterator[Shard]:
+def _shards(root: str, inputs: Sequence[Input], size: int) -> Iterator[Shard]:
     """Yields shards of `size` rows, the last one of what is left; small files share a shard."""
+    store = stores.at(root)
     number = first_row = rows = 0
     spans: list[Span] = []
     for input_number, entry in enumerate(inputs):
         start = end = 0
         first_line = line = 1
-        for ends in _line_ends(root / entry.name, entry.size):
+        for ends in inputs_lib.row_ends(store, entry):
             while len(ends):
                 taken, ends = ends[: size - rows], ends[size - rows :]
                 rows, line, end = rows + len(taken), line + len(taken), int(taken[-1])
@@ -243,28 +162,14 @@ def _shards(root: Path, inputs: Sequence[Input], size: int) -> Iterator[Shard]:
         yield Shard(number, first_row, rows, tuple(spans))
 
 
-def _line_ends(path: Path, size: int) -> Iterator[np.ndarray]:
-    """Yields, block by block, the offsets just after each line of the file."""
-    offset = last_end = 0
-    try:
-        with path.open("rb", buffering=0) as file:
-            while block := file.read(_BLOCK_BYTES):
-                ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + (offset + 1)
-                offset += len(block)
-                last_end = int(ends[-1]) if len(ends) else last_end
-                yield ends
-    except OSError as error:
-        raise JobError(f"cannot read input {path}: {error.strerror}") from error
-    if offset != size:
-        raise JobError(
-            f"input {path} is being written to ({size} bytes, then {offset}); wait for it"
-        )
-    if offset > last_end:  # the last line has no newline
-        yield np.array([offset])
-
-
 def fingerprint(
-    model: Path, sampling: "Sampling", *, slots: int, precision: str | None = None
+    model: Path,
+    sampling: "Sampling",
+    *,
+    slots: int,
+    precision: str | None = None,
+    long_prompts: records.LongPrompts = "error",
+    output_format: OutputFormat = "jsonl",
 ) -> dict[str, Scalar]:
     """Returns everything that changes what a row becomes, as names and values that can be told to a person."""
     return {
@@ -278,10 +183,12 @@ def fingerprint(
         **{name: _scalar(value) for name, value in dataclasses.asdict(sampling).items()},
         "slots": slots,
         "precision": precision,
+        "long_prompts": long_prompts,
+        "output_format": output_format,
         **{name: code_version(name) for name in ("core", "serve_batch")},
         **{
             name: importlib.metadata.version(name)
-            for name in ("jax", "jaxlib", "jinja2", "tokenizers")
+            for name in ("jax", "jaxlib", "jinja2", "pyarrow", "tokenizers")
         },
     }
 

@@ -1,13 +1,14 @@
-"""One line of an input file to one prompt, or to the reason why it is none; one result to one output line.
+"""One row of an input file to one prompt, or to the reason why it is none; its results to one output record.
 
-Every line is a row, and every row becomes exactly one record, so this module never raises for what a line holds: what
-cannot be used comes back as a `RowError` with a stable code. It knows nothing of files, engines or Beam.
+Every row becomes exactly one record, so this module never raises for what a row holds: what cannot be used comes back
+as a `RowError` with a stable code. It knows nothing of files, engines or Beam.
 """
 
 import dataclasses
 import json
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from core import chat
@@ -15,8 +16,9 @@ from core.errors import RequestError
 
 if TYPE_CHECKING:  # importing core.sampling imports jax
     from core import Completion, Sampling
+    from core.requests import TokenScore
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_LINE_BYTES = 1 << 20
 """A longer line becomes an error row: it bounds the memory of a worker, whatever the file holds."""
 
@@ -24,10 +26,12 @@ Format = Literal["jsonl", "text"]
 FORMATS: Mapping[str, Format] = {".jsonl": "jsonl", ".txt": "text"}
 """The input formats, by file suffix."""
 
-_RESERVED = {
-    "n": "several samples per row are not supported yet; repeat the row with other seeds",
-    "logprobs": "log-probabilities are not supported yet",
-}
+MAX_SAMPLES = 128
+"""Of one row: its record holds them all."""
+
+LongPrompts = Literal["error", "truncate_left", "truncate_right"]
+LONG_PROMPTS: tuple[LongPrompts, ...] = ("error", "truncate_left", "truncate_right")
+"""What is done with prompts that the model's context does not hold."""
 
 
 class Source(NamedTuple):
@@ -56,6 +60,8 @@ class Conversation:
 class Prompt:
     prompt: str | tuple[int, ...] | Conversation
     sampling: "Sampling"
+    n: int = 1
+    """How many continuations; each is drawn for itself."""
     id: str | int | None = None
     input: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -81,20 +87,40 @@ def parse(line: bytes, format: Format, defaults: "Sampling") -> Prompt | RowErro
 
     `line` may carry its line ending, and need not be whole if it is longer than `MAX_LINE_BYTES`.
     """
-    fields: dict[str, Any] = {}
-    row_id = None
     try:
         text = _decode(line)
         if format == "text":
             return Prompt(prompt=text, sampling=defaults)
         fields = _object(text)
+    except _Refused as why:
+        return RowError(code=why.code, message=str(why))
+    return from_fields(fields, defaults)
+
+
+def from_fields(fields: dict[str, Any], defaults: "Sampling") -> Prompt | RowError:
+    """Returns the prompt that `fields` ask for; takes what it knows out of them, and keeps the rest."""
+    row_id = None
+    try:
         row_id = _take_id(fields)
+        n = _take_n(fields)
         sampling = _take_sampling(fields, defaults)
         prompt = _take_prompt(fields)
-        return Prompt(prompt=prompt, sampling=sampling, id=row_id, input=fields)
+        return Prompt(prompt=prompt, sampling=sampling, n=n, id=row_id, input=fields)
     except _Refused as why:
-        passed = {name: value for name, value in fields.items() if name not in _KNOWN}
-        return RowError(code=why.code, message=str(why), id=row_id, input=passed)
+        return RowError(code=why.code, message=str(why), id=row_id, input=_unknown(fields))
+
+
+def unusable(fields: dict[str, Any], why: str) -> RowError:
+    """Returns the error of a row of which a field could not be read; `fields` are the others."""
+    try:
+        row_id = _take_id(fields)
+    except _Refused:
+        row_id = None
+    return RowError(code="bad_column", message=why, id=row_id, input=_unknown(fields))
+
+
+def _unknown(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in _KNOWN}
 
 
 def _decode(line: bytes) -> str:
@@ -152,11 +178,20 @@ def _take_id(fields: dict[str, Any]) -> str | int | None:
     return value
 
 
+def _take_n(fields: dict[str, Any]) -> int:
+    value = fields.pop("n", None)
+    if value is None:
+        return 1
+    if not _is_integer(value) or not 1 <= value <= MAX_SAMPLES:
+        found = value if _is_integer(value) and abs(value) < 10**9 else _named(value)
+        raise _Refused(
+            "bad_parameter", f"'n' must be an integer from 1 to {MAX_SAMPLES}, found {found}"
+        )
+    return value
+
+
 def _take_prompt(fields: dict[str, Any]) -> str | tuple[int, ...] | Conversation:
-    for name, why in _RESERVED.items():
-        if fields.get(name) is not None:
-            raise _Refused("unsupported_field", f"{name!r}: {why}")
-    given = {name: value for name in _PROMPTS if (value := fields.pop(name, None)) is not None}
+    given = {name: value for name in PROMPTS if (value := fields.pop(name, None)) is not None}
     if len(given) > 1:
         both = " and ".join(map(repr, given))
         raise _Refused("prompt_ambiguous", f"the row has {both}; give one")
@@ -207,6 +242,13 @@ def _take_sampling(fields: dict[str, Any], defaults: "Sampling") -> "Sampling":
         if not accepts(value):
             raise _Refused("bad_parameter", f"{name!r} must be {expected}, found {_named(value)}")
         changes[name] = value
+    most = defaults.logprobs or 0
+    if changes.get("logprobs", 0) > most:
+        raise _Refused(
+            "bad_parameter",
+            f"'logprobs' asks for more than the {most} likeliest tokens that this job gives: "
+            "run it with a larger --logprobs",
+        )
     if "stop" in changes:
         stop = changes["stop"]
         changes["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -257,11 +299,12 @@ _PARAMETERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "stop": ("a string or a list of strings", _is_stop),
     "seed": ("an integer", _is_integer),
     "ignore_eos": ("true or false", lambda value: isinstance(value, bool)),
+    "logprobs": ("an integer", _is_integer),
 }
 """What a row may set for itself: the fields of `core.Sampling`, under the same names."""
 
-_PROMPTS = ("prompt", "messages", "token_ids")
-_KNOWN = {"id", *_PROMPTS, *_PARAMETERS}
+PROMPTS = ("prompt", "messages", "token_ids")
+_KNOWN = {"id", "n", *PROMPTS, *_PARAMETERS}
 
 
 def _is_unicode(text: str) -> bool:
@@ -280,16 +323,24 @@ def _named(value: Any) -> str:
 
 def record(
     row: Prompt | RowError,
-    result: "Completion | RowError",
+    result: "Sequence[Completion] | RowError",
     *,
     index: int,
     source: Source,
     model: Mapping[str, str],
-    answer: Mapping[str, Any] | None = None,
+    answers: "Sequence[Mapping[str, Any]] | None" = None,
+    truncated: int = 0,
 ) -> dict[str, Any]:
     """Returns the output record of `row`: the same keys for every row, null where there is nothing to say.
 
-    `answer` is what `core.harmony.answer` makes of the result, for a model that answers in channels.
+    Args:
+      row: what was asked.
+      result: a completion for each sample, or why there is none.
+      index: the row's place in the whole input.
+      source: the row's place in its file.
+      model: the name and the revision of what answered.
+      answers: what `core.harmony.answer` makes of each sample, for a model that answers in channels.
+      truncated: how many tokens the prompt had and were not fed.
     """
     head = {
         "schema_version": SCHEMA_VERSION,
@@ -301,22 +352,46 @@ def record(
     tail = {"seed": seed, "model": dict(model), "input": dict(row.input) or None}
     if isinstance(result, RowError):
         return head | _NOTHING | {"error": {"code": result.code, "message": result.message}} | tail
+    samples = [
+        _sample(completion, answers[i] if answers else {}) for i, completion in enumerate(result)
+    ]
     return (
         head
+        | {"status": "ok"}
+        | samples[0]
         | {
-            "status": "ok",
-            "text": result.text,
-            "channels": None,
-            "tool_calls": None,
-            "token_ids": list(result.tokens),
-            "finish_reason": result.finish_reason,
-            "prompt_tokens": len(result.prompt_tokens),
-            "completion_tokens": len(result.tokens),
+            "completion_tokens": sum(sample["completion_tokens"] for sample in samples),
+            "prompt_tokens": len(result[0].prompt_tokens),
+            "truncated_tokens": truncated,
+            "samples": samples if len(samples) > 1 else None,
             "error": None,
         }
-        | dict(answer or {})
         | tail
     )
+
+
+def _sample(completion: "Completion", answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a record says of one sample; a record of one row says the same of its first."""
+    scores = completion.logprobs
+    return {
+        "text": completion.text,
+        "channels": None,
+        "tool_calls": None,
+        "token_ids": list(completion.tokens),
+        "finish_reason": completion.finish_reason,
+        "logprobs": None if scores is None else list(map(_score, scores)),
+        "completion_tokens": len(completion.tokens),
+    } | dict(answer)
+
+
+def _score(score: "TokenScore") -> dict[str, Any]:
+    top = [{"token": id_, "logprob": _or_null(value)} for id_, value in score.top]
+    return {"token": score.token, "logprob": _or_null(score.logprob), "top": top}
+
+
+def _or_null(logprob: float | None) -> float | None:
+    """Returns what JSON can say: a token that cannot be produced has a log-probability of minus infinity."""
+    return logprob if logprob is not None and math.isfinite(logprob) else None
 
 
 _NOTHING = {
@@ -326,8 +401,11 @@ _NOTHING = {
     "tool_calls": None,
     "token_ids": None,
     "finish_reason": "error",
-    "prompt_tokens": None,
+    "logprobs": None,
     "completion_tokens": None,
+    "prompt_tokens": None,
+    "truncated_tokens": None,
+    "samples": None,
 }
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
@@ -339,5 +417,14 @@ _ESCAPED = re.compile("[\x7f\x85\u2028\u2029\ud800-\udfff]")
 
 def to_line(fields: Mapping[str, Any]) -> bytes:
     """Returns `fields` as one line of JSON, readable UTF-8, with its newline."""
-    text = _ENCODER.encode(fields)
-    return _ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", text).encode() + b"\n"
+    return to_json(fields).encode() + b"\n"
+
+
+def to_json(value: Any) -> str:
+    """Returns `value` as JSON that is one line to every reader."""
+    return _ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", _ENCODER.encode(value))
+
+
+def from_json(text: str | bytes) -> Any:
+    """Returns what `to_json` or `to_line` was given."""
+    return json.loads(text)

@@ -1,4 +1,4 @@
-"""One shard, from byte ranges to a part: read its rows, generate, write, commit.
+"""One shard, from ranges of the input to a part: read its rows, generate, write, commit.
 
 What a shard becomes depends on the plan and the model alone: not on the worker, the runner, the other shards, or how
 often it was tried before. Beam is not needed here.
@@ -7,18 +7,19 @@ often it was tried before. Beam is not needed here.
 import dataclasses
 import hashlib
 import os
+import socket
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from core import Completion, Request, RequestError, Sampling
-from serve_batch import host, records
-from serve_batch.output import OutputFolder, Receipt, committing
-from serve_batch.plan import JobError, Plan, Shard, Span
-from serve_batch.records import Conversation, Prompt, RowError, Source
+from serve_batch import devices, host, inputs, parts, records, stores
+from serve_batch import plan as plan_lib
+from serve_batch.output import OutputFolder, Receipt
+from serve_batch.plan import JobError, Plan, Shard
+from serve_batch.records import Conversation, LongPrompts, Prompt, RowError, Source
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 REPORTED_ROWS = 64
 """Rows between two words of progress."""
 
@@ -40,6 +41,25 @@ class Job:
     slots: int
     reports_progress: bool
     precision: str | None = None
+    long_prompts: LongPrompts = "error"
+    retried_codes: frozenset[str] | None = None
+    """Of the error rows that are done again in shards that are done; empty for all, None for none."""
+    retried_with: Mapping[str, plan_lib.Scalar] = dataclasses.field(default_factory=dict)
+    """What of the fingerprint is not the plan's when error rows are done again."""
+
+    def plan(self) -> Plan:
+        """Returns what the launcher has written down.
+
+        Raises:
+          JobError: it cannot be seen from here.
+        """
+        plan = self.output.read_plan()
+        if plan is None:
+            raise JobError(
+                f"{self.output.plan_file} is not there for a worker on {socket.gethostname()}: workers use the "
+                "launcher's paths, so the output folder, the input and the model lie where all see them"
+            )
+        return plan
 
     def start(self) -> "Work":
         """Returns what this process needs for any shard of the job; loads the model if no earlier call did.
@@ -47,14 +67,17 @@ class Job:
         Raises:
           JobError: this process has another `core` or another model.
         """
-        plan = self.output.read_plan()
-        if plan is None:
-            raise JobError(f"{self.output.plan_file} is gone; start the job again")
-        fingerprint = plan.fingerprint
+        devices.lease()
+        plan = self.plan()
+        fingerprint = {**plan.fingerprint, **self.retried_with}
         host.check_code(str(fingerprint["core"]))
         revision = str(fingerprint["revision"])
         engine = host.shared(
-            self.model, slots=self.slots, revision=revision, precision=self.precision
+            self.model,
+            slots=self.slots,
+            revision=revision,
+            precision=self.precision,
+            top_logprobs=self.sampling.logprobs or 0,
         )
         return Work(job=self, plan=plan, engine=engine, device=host.device())
 
@@ -76,122 +99,218 @@ class Work:
 
 
 def read(plan: Plan, shard: Shard, defaults: Sampling) -> Iterator[Row]:
-    """Yields the rows of `shard`, a line at a time."""
+    """Yields the rows of `shard`, one at a time.
+
+    Raises:
+      JobError: an input is damaged, or not what it was.
+    """
     index = shard.first_row
+    store = stores.at(plan.root)
     for span in shard.spans:
-        name = plan.inputs[span.input].name
-        path = Path(plan.root, name)
-        format = records.FORMATS[path.suffix]
-        for line_number, (offset, line) in enumerate(_lines(path, span), start=span.line):
-            source = Source(name, offset, line_number)
-            yield Row(index, source, records.parse(line, format, defaults))
+        entry = plan.inputs[span.input]
+        format = inputs.line_format(entry.name)
+        rows = inputs.rows(store, entry, span.start, span.end)
+        for line, (offset, found) in enumerate(rows, start=span.line):
+            yield Row(index, Source(entry.name, offset, line), _content(found, format, defaults))
             index += 1
 
 
-def _lines(path: Path, span: Span) -> Iterator[tuple[int, bytes]]:
-    """Yields the lines of `span` with their offsets; of one that is too long, only a beginning that shows it."""
-    limit = records.MAX_LINE_BYTES + len(_BYTE_ORDER_MARK) + len(b"\r\n")
-    with path.open("rb") as file:
-        file.seek(span.start)
-        offset = span.start
-        while offset < span.end:
-            line = file.readline(limit)
-            rest = line
-            while rest and not rest.endswith(b"\n"):
-                rest = file.readline(limit)
-            # A byte order mark belongs to the file, not to its first row.
-            yield offset, line.removeprefix(_BYTE_ORDER_MARK) if offset == 0 else line
-            offset = file.tell()
+def _content(
+    found: bytes | dict[str, Any] | RowError, format: records.Format | None, defaults: Sampling
+) -> Prompt | RowError:
+    if isinstance(found, bytes):
+        assert format is not None
+        return records.parse(found, format, defaults)
+    return found if isinstance(found, RowError) else records.from_fields(found, defaults)
 
 
 def generate(shard: Shard, work: Work) -> Receipt:
-    """Generates `shard` and commits its errors, its part and its receipt, in this order.
+    """Generates `shard` and commits it; of a shard that is done, the error rows that the job is to do again.
 
     Raises:
       JobError: the input is not what was planned. Whatever else is raised comes from the engine or the disk; no part
-        or receipt is left in any case.
+        or receipt is left in any case, or those that were there.
     """
-    tally = _Tally()
-    failed: list[bytes] = []
-    with committing(work.job.output.part_file(work.plan, shard)) as part:
-        for row, result in _complete(shard, work):
-            fields = records.record(
-                row.content,
-                result,
-                index=row.index,
-                source=row.source,
-                model=work.model,
-                answer=_answer(row, result, work),
-            )
-            line = records.to_line(fields)
-            part.write(line)
-            tally.add(row, result, line)
-            if isinstance(result, RowError):
-                failed.append(line)
-        if tally.rows != shard.rows:
-            raise JobError(
-                f"shard {shard.number} was planned with {shard.rows} rows, now has {tally.rows}: an input was "
-                "modified while the job ran; start again with --overwrite"
-            )
-        if failed:
-            with committing(work.job.output.errors_file(work.plan, shard)) as errors:
-                errors.writelines(failed)
-    receipt = tally.receipt(shard, work.device)
-    work.job.output.write_receipt(shard, receipt)
+    if work.job.retried_codes is not None:
+        done = work.job.output.receipt(work.plan, shard)
+        if done is not None:
+            return _retry(shard, done, work) if done.selected(work.job.retried_codes) else done
+    output, plan = work.job.output, work.plan
+    rows = ((row, None) for row in read(plan, shard, work.job.sampling))
+    with output.store.writing(plan.part_name(shard)) as file:
+        written = _write(file, rows, shard, work)
+        output.write_errors(plan, shard, written.failed)
+    output.write_receipt(shard, written.receipt)
+    return written.receipt
+
+
+def _retry(shard: Shard, done: Receipt, work: Work) -> Receipt:
+    """Does the error rows of a finished shard again; see `serve_batch.output` for the order of its steps."""
+    output, plan = work.job.output, work.plan
+    kept = (
+        None if _is_retried(record, work.job) else Kept(as_it_is, record)
+        for as_it_is, record in output.read_part(plan, shard)
+    )
+    rows = zip(read(plan, shard, work.job.sampling), kept, strict=True)
+    with output.store.writing(plan.part_name(shard)) as file:
+        written = _write(file, rows, shard, work)
+        receipt = dataclasses.replace(written.receipt, retried_with=dict(work.job.retried_with))
+        output.write_receipt(shard, dataclasses.replace(receipt, previous=done))
+    output.write_errors(plan, shard, written.failed)
+    output.write_receipt(shard, receipt)
     return receipt
 
 
-def _complete(shard: Shard, work: Work) -> Iterator[tuple[Row, Completion | RowError]]:
-    """Yields each row of `shard` with what became of it, in order."""
-    rows = read(work.plan, shard, work.job.sampling)
-    unsaid: list[Completion | RowError] = []
-    for row, result in work.engine.complete((row, _request(row, work)) for row in rows):
-        outcome = _outcome(row.content, result)
+def _is_retried(record: Mapping[str, Any], job: Job) -> bool:
+    codes = job.retried_codes
+    return record["status"] == "error" and (not codes or record["error"]["code"] in codes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """A record that is not done again, as it stands in its part and as it reads."""
+
+    as_it_is: Any
+    record: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    receipt: Receipt
+    failed: list[Any]
+    """The error records, as they are kept."""
+
+
+def _write(
+    file: BinaryIO, rows: Iterable[tuple[Row, Kept | None]], shard: Shard, work: Work
+) -> _Written:
+    """Writes the part of `shard`, the records that are kept and those of the rows that have to be done.
+
+    Raises:
+      JobError: these are not the rows that were planned.
+    """
+    tally = _Tally()
+    failed: list[Any] = []
+    with parts.Writer(file, work.plan.output_format) as part:
+        for row, outcome, truncated in _complete(rows, work):
+            if isinstance(outcome, Kept):
+                kept, record = outcome.as_it_is, outcome.record
+                part.keep(kept)
+            else:
+                record = records.record(
+                    row.content,
+                    outcome,
+                    index=row.index,
+                    source=row.source,
+                    model=work.model,
+                    answers=_answers(row, outcome, work),
+                    truncated=truncated,
+                )
+                kept = part.write(record)
+            tally.add(row, record)
+            if record["status"] == "error":
+                failed.append(kept)
+    if tally.rows != shard.rows:
+        raise JobError(
+            f"shard {shard.number} was planned with {shard.rows} rows, now has {tally.rows}: an input was "
+            "modified while the job ran; start again with --overwrite"
+        )
+    return _Written(tally.receipt(shard, work.device, part), failed)
+
+
+Outcome = list[Completion] | RowError
+"""A completion a sample, or why there is none."""
+
+
+def _complete(
+    rows: Iterable[tuple[Row, Kept | None]], work: Work
+) -> Iterator[tuple[Row, Outcome | Kept, int]]:
+    """Yields each row with what became of it and how many tokens of its prompt were left out, in order."""
+    samples: list[Completion | RequestError | RowError] = []
+    unsaid: list[Outcome] = []
+    for (row, count, truncated), result in work.engine.complete(_requests(rows, work)):
+        if not isinstance(result, Kept):
+            samples.append(result)
+            if len(samples) < count:
+                continue
+        outcome = result if isinstance(result, Kept) else _outcome(row.content, samples)
+        samples = []
         if work.job.reports_progress:
-            unsaid.append(outcome)
+            unsaid.append([] if isinstance(outcome, Kept) else outcome)
         if len(unsaid) == REPORTED_ROWS:
             _report(work.job.output.progress_file, unsaid)
             unsaid.clear()
-        yield row, outcome
+        yield row, outcome, truncated
     if unsaid:
         _report(work.job.output.progress_file, unsaid)
 
 
-def _request(row: Row, work: Work) -> Request | RequestError | RowError:
-    """Returns what to ask of the engine, or why there is nothing to ask."""
-    if isinstance(row.content, RowError):
-        return row.content
-    prompt = row.content.prompt
-    if isinstance(prompt, Conversation):
+def _requests(
+    rows: Iterable[tuple[Row, Kept | None]], work: Work
+) -> Iterator[tuple[tuple[Row, int, int], Request | RequestError | RowError | Kept]]:
+    """Yields what to ask of the engine, a request a sample, or why there is nothing to ask.
+
+    With it go the row, how many samples it has, and how many tokens of its prompt are left out.
+    """
+    for row, kept in rows:
+        content = row.content
+        if kept is not None:
+            yield (row, 1, 0), kept
+            continue
+        if isinstance(content, RowError):
+            yield (row, 1, 0), content
+            continue
         try:
-            prompt = work.engine.encode(prompt, work.plan.now)
+            prompt, truncated = _prompt(content, work)
         except RequestError as error:
-            return error
-    own_id = row.content.id
-    key = row.source.key if own_id is None else str(own_id)
-    return Request(prompt, row.content.sampling, id=key)
+            yield (row, 1, 0), error
+            continue
+        key = row.source.key if content.id is None else str(content.id)
+        for sample in range(content.n):
+            # The first draws what the row would draw alone.
+            id_ = f"{key}#{sample}" if sample else key
+            yield (row, content.n, truncated), Request(prompt, content.sampling, id=id_)
 
 
-def _answer(row: Row, result: Completion | RowError, work: Work) -> Mapping[str, Any] | None:
-    """Returns what `core.harmony.answer` says of a chat model's completion; None for any other."""
+def _prompt(content: Prompt, work: Work) -> tuple[str | Sequence[int], int]:
+    """Returns what to feed, and how many tokens of it are left out."""
+    prompt = content.prompt
+    if isinstance(prompt, Conversation):
+        prompt = work.engine.encode(prompt, work.plan.now)
+    if work.job.long_prompts == "error":
+        return prompt, 0
+    new_tokens = content.sampling.max_new_tokens
+    return work.engine.cut(prompt, new_tokens=new_tokens, policy=work.job.long_prompts)
+
+
+def _answers(row: Row, result: Outcome, work: Work) -> list[Mapping[str, Any]] | None:
+    """Returns what `core.harmony.answer` says of a chat model's completions; None for any other."""
     if isinstance(row.content, RowError) or isinstance(result, RowError):
         return None
     if not isinstance(row.content.prompt, Conversation):
         return None
-    return work.engine.answer(result, row.content.sampling.stop)
+    stop = row.content.sampling.stop
+    answers = [work.engine.answer(completion, stop) for completion in result]
+    return [answer for answer in answers if answer is not None] or None
 
 
 def _outcome(
-    row: Prompt | RowError, result: Completion | RequestError | RowError
-) -> Completion | RowError:
-    if isinstance(result, RequestError):
-        return RowError(code=result.code, message=str(result), id=row.id, input=row.input)
-    return result
+    row: Prompt | RowError, samples: Sequence[Completion | RequestError | RowError]
+) -> Outcome:
+    """Returns the samples; where one of them failed, that is what became of the row."""
+    completions: list[Completion] = []
+    for sample in samples:
+        if isinstance(sample, RowError):
+            return sample
+        if isinstance(sample, RequestError):
+            return RowError(code=sample.code, message=str(sample), id=row.id, input=row.input)
+        completions.append(sample)
+    return completions
 
 
-def _report(path: Path, results: list[Completion | RowError]) -> None:
+def _report(path: Path, results: list[Outcome]) -> None:
     """Appends one short line, which the system keeps whole, for the launcher to read."""
-    tokens = sum(len(r.tokens) for r in results if isinstance(r, Completion))
+    tokens = sum(len(c.tokens) for r in results if not isinstance(r, RowError) for c in r)
     errors = sum(isinstance(r, RowError) for r in results)
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -201,36 +320,35 @@ def _report(path: Path, results: list[Completion | RowError]) -> None:
 
 
 class _Tally:
-    """What a receipt counts, as the rows go by."""
+    """What a receipt counts, as the records go by."""
 
     def __init__(self) -> None:
-        self.rows = self._prompt_tokens = self._completion_tokens = self._bytes = 0
+        self.rows = self._truncated = self._prompt_tokens = self._completion_tokens = 0
         self._errors: Counter[str] = Counter()
-        self._sha256 = hashlib.sha256()
         self._ids: list[str] = []
 
-    def add(self, row: Row, result: Completion | RowError, line: bytes) -> None:
+    def add(self, row: Row, record: Mapping[str, Any]) -> None:
         self.rows += 1
-        self._bytes += len(line)
-        self._sha256.update(line)
         if row.content.id is not None:
             kind_and_id = f"{type(row.content.id).__name__} {row.content.id}"
             self._ids.append(hashlib.blake2b(kind_and_id.encode(), digest_size=8).hexdigest())
-        if isinstance(result, RowError):
-            self._errors[result.code] += 1
+        if record["status"] == "error":
+            self._errors[record["error"]["code"]] += 1
         else:
-            self._prompt_tokens += len(result.prompt_tokens)
-            self._completion_tokens += len(result.tokens)
+            self._truncated += record["truncated_tokens"] > 0
+            self._prompt_tokens += record["prompt_tokens"]
+            self._completion_tokens += record["completion_tokens"]
 
-    def receipt(self, shard: Shard, device: str) -> Receipt:
+    def receipt(self, shard: Shard, device: str, part: parts.Writer) -> Receipt:
         return Receipt(
             shard=shard.number,
             rows=self.rows,
             errors=dict(sorted(self._errors.items())),
+            truncated=self._truncated,
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
-            bytes=self._bytes,
-            sha256=self._sha256.hexdigest(),
+            nbytes=part.nbytes,
+            sha256=part.sha256,
             device=device,
             ids="".join(self._ids),
         )
