@@ -21,7 +21,7 @@ from core.attention import attend_cache
 from core.config import ConfigError
 from core.engine import Completion, Engine, Request
 from core.errors import CheckpointError
-from core.kv_cache import Layer
+from core.kv_cache import Layer, append, numbers
 from core.layers import linear, unembed
 from core.models.modules import rows
 from core.precision import prepare
@@ -110,8 +110,7 @@ def test_a_table_in_int8_gives_its_rows_and_nan_for_an_id_that_it_has_not():
 
 def test_a_narrow_cache_is_read_without_a_wide_copy():
     """XLA would make one before the loop over its blocks, which takes longer than all the rest."""
-    shape = (3, 2, 2048, 16)
-    layer = Layer(jnp.zeros(shape, jnp.bfloat16), jnp.zeros(shape, jnp.bfloat16))
+    layer = Layer(*(jnp.zeros((3, 2, 2048, 16), jnp.uint16) for _ in range(2)))
     q_BTNH, positions_BT = jnp.zeros((3, 1, 4, 16), jnp.bfloat16), jnp.zeros((3, 1), jnp.int32)
     attend = jax.jit(functools.partial(attend_cache, scale=1.0))
     ones_B = jnp.ones(3, jnp.int32)
@@ -120,6 +119,20 @@ def test_a_narrow_cache_is_read_without_a_wide_copy():
     analysis = compiled.memory_analysis()
     assert analysis is not None
     assert analysis.temp_size_in_bytes < layer.k_RKSH.nbytes / 2
+
+
+def test_a_narrow_cache_is_written_without_a_wide_copy():
+    """XLA would make two a layer and step, one there and one back: most of the time of 32 rows."""
+    layer = Layer(*(jnp.zeros((3, 2, 2048, 16), jnp.uint16) for _ in range(2)))
+    k_BTNH, places_B = jnp.ones((3, 2, 1, 16), jnp.bfloat16), jnp.arange(3)
+    write = jax.jit(append, donate_argnums=0)
+    lowered = write.lower(layer, k_BTNH, -k_BTNH, places_B[:, None], jnp.ones(3, jnp.int32))
+    analysis = lowered.compile().memory_analysis()
+    assert analysis is not None
+    assert analysis.temp_size_in_bytes < layer.k_RKSH.nbytes / 2
+    k_RKSH, v_RKSH, _ = write(layer, k_BTNH, -k_BTNH, places_B[:, None], jnp.ones(3, jnp.int32))
+    assert numbers(k_RKSH).sum() == 3 * 2 * 16
+    assert (numbers(v_RKSH)[2, :, 2] == -1).all()
 
 
 def test_a_table_in_int8_is_read_in_a_loop_without_a_wide_copy():
@@ -324,7 +337,7 @@ def test_an_engine_s_log_probabilities_are_near_the_float32_model_s(narrow: Engi
 def test_a_cache_is_as_narrow_as_the_precision_says(narrow: Engine):
     complete(narrow, asked()[:1])
     assert narrow._state is not None
-    assert {x.dtype for x in narrow._state.cache.k_RKSH} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype.itemsize for x in narrow._state.cache.k_RKSH} == {2}
 
 
 def test_generate_takes_a_precision(folder):

@@ -90,7 +90,8 @@ def attend_next(
         past = kv_cache.append(past, *new)
         k_BKSH, v_BKSH = (kv_cache.rows_of(x, past.first_row, B) for x in past[:2])
         held_BS = kv_cache.held(positions_BT[:, 0] + new[3] - 1, S)
-        v_BKSH = kv_cache.only(v_BKSH, held_BS >= 0)
+        k_BKSH = kv_cache.numbers(k_BKSH)
+        v_BKSH = kv_cache.numbers(kv_cache.only(v_BKSH, held_BS >= 0))
         return attend(q_BTNH, k_BKSH, v_BKSH, held_BS, window=window, **given), past
     laid, past = kv_cache.lay_out(past, *new)
     return attend(q_BTNH, *laid, window=window, **given), past
@@ -112,7 +113,7 @@ def attend_cache(
     B, T, N, H = q_BTNH.shape
     K, S = cache.k_RKSH.shape[1:3]
     size = _POSITIONS if S % _POSITIONS == 0 else S
-    rows, dtype = N // K * T, cache.k_RKSH.dtype
+    rows, dtype = N // K * T, jax.eval_shape(kv_cache.numbers, cache.k_RKSH).dtype
     q_BKRH = jnp.swapaxes(q_BTNH, 1, 2).reshape(B, K, rows, H).astype(dtype)
     positions_BR1 = jnp.tile(positions_BT, (1, N // K))[:, :, None]
     first_row = 0 if cache.first_row is None else cache.first_row
@@ -129,8 +130,8 @@ def attend_cache(
             # Else XLA makes a float32 copy of the whole cache before the loop, which takes up to 60 times as long.
             k_RKSH, v_RKSH, i = jax.lax.optimization_barrier((k_RKSH, v_RKSH, i))
         place, shape = (first_row, 0, i * size, 0), (B, K, size, H)
-        k_BKsH = jax.lax.dynamic_slice(k_RKSH, place, shape)
-        v_BKsH = jax.lax.dynamic_slice(v_RKSH, place, shape)
+        k_BKsH = kv_cache.numbers(jax.lax.dynamic_slice(k_RKSH, place, shape))
+        v_BKsH = kv_cache.numbers(jax.lax.dynamic_slice(v_RKSH, place, shape))
         v_BKsH = kv_cache.only(v_BKsH, i * size + jnp.arange(size)[None] <= last_B1)
         scores_BKRs = _einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKsH) * scale
         visible_BRs = i * size + jnp.arange(size)[None, None] <= positions_BR1

@@ -267,7 +267,7 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
         std::clamp<int64_t>(first_row.typed_data()[0], 0, cache[0] - of[0]), sinks.element_count() ? sinks.typed_data() : nullptr,
         static_cast<Query*>(out->untyped_data()));
   };
-  bool narrow_q = q.element_type() == ffi::BF16, narrow_k = k.element_type() == ffi::BF16;
+  bool narrow_q = q.element_type() == ffi::BF16, narrow_k = k.element_type() != ffi::F32;
   if (narrow_q) narrow_k ? run(bf16{}, bf16{}) : run(bf16{}, float{});
   else narrow_k ? run(float{}, bf16{}) : run(float{}, float{});
   return ffi::Error::Success();

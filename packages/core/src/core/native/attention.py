@@ -9,7 +9,7 @@ from core.native.library import call
 
 def attends(*dtypes: jnp.dtype) -> bool:
     """Whether `attend_cache` takes queries and caches of these types."""
-    return all(dtype in (jnp.float32, jnp.bfloat16) for dtype in dtypes)
+    return all(dtype in (jnp.float32, jnp.bfloat16, jnp.uint16) for dtype in dtypes)
 
 
 def attend_cache(
@@ -31,7 +31,7 @@ def attend_cache(
 
     Args:
       q_BTNH: queries, float32 or bfloat16.
-      k_RKSH: keys, float32 or bfloat16; the key of position p lies in slot p % S.
+      k_RKSH: keys, float32, bfloat16, or the bits of such as uint16; the key of position p lies in slot p % S.
       v_RKSH: values, of the same type.
       first_row: the cache's row that the first row of queries belongs to; None is 0.
       starts_B: the position of each row's first query; they run on by one along T.

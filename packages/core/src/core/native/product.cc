@@ -24,9 +24,12 @@ namespace {
 
 namespace ffi = xla::ffi;
 
+#if defined(__AVX512BW__) && !defined(FLAXMILL_PLAIN)
+#define FLAXMILL_WIDE
+#endif
+
 // Rows of a tile. With kVectors of an arithmetic, at most 24 registers of 32, or 12 of 16, accumulate.
 constexpr int kRows = W == 8 ? 4 : 8;
-constexpr int kOutputs = 3;  // of a tile of an [O, I] matrix
 // For fewer rows an [I, O] matrix is read nearly as it lies: more columns, fewer rows of it at a time.
 constexpr int64_t kFewRows = 4;
 
@@ -67,7 +70,7 @@ struct Task {
 };
 
 // ---- Arithmetics: what is multiplied, and how. A tile has kVectors of sums side by side; by columns it goes on by kDeep
-// numbers of I at a time, by rows by kLanes. `n` says how many columns there are, where that may be less than a tile.
+// numbers of I at a time, by rows, kTall rows and kOutputs outputs, by kLanes. `n` says how many columns there are, where that may be less than a tile.
 
 // Numbers of float32 and weights that become such, which is exact; fused multiply-adds.
 template <class Weight_>
@@ -76,7 +79,7 @@ struct Widened {
   using Weight = Weight_;
   using Part = F;
   using Sum = F;
-  static constexpr int kVectors = 3, kDeep = 1, kLanes = W;
+  static constexpr int kVectors = 3, kDeep = 1, kLanes = W, kTall = kRows, kOutputs = 3;
   static constexpr int64_t kWidth = sizeof(Weight) > 1 ? kVectors * W : 0;  // columns; int8 lies by rows alone
 
   static INLINE Sum none() { return zero(); }
@@ -116,7 +119,7 @@ struct Dotted {
   using Weight = bf16;
   using Part = __m512i;  // 16 pairs
   using Sum = F;
-  static constexpr int kVectors = 2, kDeep = 2, kLanes = 32;
+  static constexpr int kVectors = 2, kDeep = 2, kLanes = 32, kTall = kRows, kOutputs = 3;
   static constexpr int64_t kWidth = 32;
 
   static INLINE Sum none() { return zero(); }
@@ -167,6 +170,11 @@ struct Rounded {
   using X = int8_t;
   using Weight = int8_t;
   static constexpr int64_t kWidth = 0;
+#if defined(FLAXMILL_WIDE)
+  static constexpr int kTall = 4, kOutputs = 4;  // whose sums are the lanes of a vector
+#else
+  static constexpr int kTall = kRows, kOutputs = 3;
+#endif
 #if defined(__AVX512VNNI__) && !defined(FLAXMILL_PLAIN)
   // The instruction takes one side without a sign: the weights are 128 too large, and sums by 128 times the row's sum.
   using Part = __m512i;
@@ -226,6 +234,29 @@ struct Rounded {
   static INLINE float total(Sum x, const Units* units, int64_t r, int64_t o) {
     return float(lanes(x) - units->offsets[r]) * units->outputs[o] * units->rows[r];
   }
+#if defined(FLAXMILL_WIDE)
+  // The same of four rows and four outputs: it takes a third of the time of what else there is to do at I = 768.
+  static INLINE void totals(const Sum (&x)[4][4], const Units* units, int64_t r, int64_t o, float* y, int64_t O) {
+    Sum fours[4], twos[2];
+    auto halves = [](Sum a, Sum b) INLINED { return _mm512_add_epi32(_mm512_shuffle_i64x2(a, b, 0x44), _mm512_shuffle_i64x2(a, b, 0xEE)); };
+    each<4>([&](auto v) INLINED {
+      Sum a = halves(x[0][v], x[1][v]), b = halves(x[2][v], x[3][v]);
+      fours[v] = _mm512_add_epi32(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xDD));
+    });
+    each<2>([&](auto pair) INLINED {
+      Sum a = fours[2 * pair], b = fours[2 * pair + 1];
+      twos[pair] = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    });
+    __m512 a = _mm512_castsi512_ps(twos[0]), b = _mm512_castsi512_ps(twos[1]);
+    Sum all = _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)), _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xDD)));
+    // Now a row's four outputs lie side by side.
+    __m128 outputs = _mm_loadu_ps(units->outputs + o);
+    each<4>([&](auto i) INLINED {
+      __m128i whole = _mm_sub_epi32(_mm512_extracti32x4_epi32(all, i), _mm_set1_epi32(units->offsets[r + i]));
+      _mm_storeu_ps(y + i * O, _mm_mul_ps(_mm_mul_ps(_mm_cvtepi32_ps(whole), outputs), _mm_set1_ps(units->rows[r + i])));
+    });
+  }
+#endif
 };
 
 // W numbers within int8's range, to the nearest whole ones, ties to even.
@@ -289,17 +320,17 @@ struct Ahead {
 };
 
 // Calls call(Rows, first row) for blocks of rows that make up R, of a few sizes that the compiler knows.
-template <class Call>
+template <int Most, class Call>
 INLINE void blocks_of_rows(int64_t R, const Call& call) {
-  const int64_t blocks = (R + kRows - 1) / kRows;
+  const int64_t blocks = (R + Most - 1) / Most;
   for (int64_t r = 0; r < R;) {
     const int64_t rows = std::min(R - r, (R + blocks - 1) / blocks);
     auto block = [&](auto size) INLINED {
       call(size, r);
       r += size;
     };
-    if (kRows == 8 && rows == 8) block(std::integral_constant<int, kRows>());
-    else if (kRows == 8 && rows >= 6) block(std::integral_constant<int, kRows * 3 / 4>());
+    if (Most == 8 && rows == 8) block(std::integral_constant<int, Most>());
+    else if (Most == 8 && rows >= 6) block(std::integral_constant<int, Most * 3 / 4>());
     else if (rows >= 4) block(std::integral_constant<int, 4>());
     else if (rows == 3) block(std::integral_constant<int, 3>());
     else if (rows == 2) block(std::integral_constant<int, 2>());
@@ -357,7 +388,7 @@ void columns(const typename A::X* x, const typename A::Weight* w, float* y, cons
     Ahead ahead;
     if (!last) ahead = {reinterpret_cast<const char*>(w + end * s.O + o), n * size, s.O * size, std::min(height, s.I - end)};
     else if (next < s.O) ahead = {reinterpret_cast<const char*>(w + next), std::min(n, s.O - next) * size, s.O * size, height};
-    blocks_of_rows(s.R, [&](auto rows, int64_t r) INLINED {
+    blocks_of_rows<kRows>(s.R, [&](auto rows, int64_t r) INLINED {
       const int64_t depth = end - begin;
       Task<A> task{x + r * s.I, w + o, y + r * s.O + o, s, n, begin, end, begin + r * depth / s.R, begin + (r + rows) * depth / s.R};
       columns_block<A, decltype(rows)::value>(task, ahead);
@@ -389,6 +420,9 @@ INLINE void rows_tile(const Task<A>& task, int64_t o, Ahead& ahead) {
   }
   if (i < I) step(i, int(I - i));
   float* y = task.y + o;
+#if defined(FLAXMILL_WIDE)
+  if constexpr (Rows == 4 && V == 4) return A::totals(sums, task.units, task.r, task.o + o, y, O);
+#endif
   each<Rows>([&](auto r) INLINED { each<V>([&](auto v) INLINED { y[r * O + v] = A::total(sums[r][v], task.units, task.r + r, task.o + o + v); }); });
 }
 
@@ -396,7 +430,7 @@ template <class A, int Rows>
 __attribute__((noinline)) void rows_block(const Task<A>& task, Ahead& ahead) {
   Ahead local = ahead;
   int64_t o = 0;
-  for (; o + kOutputs <= task.n; o += kOutputs) rows_tile<A, Rows, kOutputs>(task, o, local);
+  for (; o + A::kOutputs <= task.n; o += A::kOutputs) rows_tile<A, Rows, A::kOutputs>(task, o, local);
   ahead = local;
   Task<A> row = task;
   for (int r = 0; r < Rows && o < task.n; ++r, row.x += task.s.I, row.y += task.s.O, ++row.r)
@@ -410,9 +444,9 @@ void rows(const typename A::X* x, const typename A::Weight* w, float* y, const S
   const int64_t size = s.I * sizeof(*w), left = std::min(n, s.O - next) * size;
   auto* here = reinterpret_cast<const char*>(w + o * s.I), *there = reinterpret_cast<const char*>(w + next * s.I);
   Ahead ahead;
-  if (s.R > kRows) ahead = {there, left, 0, left > 0};
-  else if (n > kOutputs) ahead = {here + kOutputs * size, (n - kOutputs) * size, 0, 1, there, std::min(left, kOutputs * size)};
-  blocks_of_rows(s.R, [&](auto rows, int64_t r) INLINED {
+  if (s.R > A::kTall) ahead = {there, left, 0, left > 0};
+  else if (n > A::kOutputs) ahead = {here + A::kOutputs * size, (n - A::kOutputs) * size, 0, 1, there, std::min(left, A::kOutputs * size)};
+  blocks_of_rows<A::kTall>(s.R, [&](auto rows, int64_t r) INLINED {
     Task<A> task{x + r * s.I, w + o * s.I, y + r * s.O + o, s, n, 0, s.I, r * s.I / s.R, (r + rows) * s.I / s.R, units, r, o};
     rows_block<A, decltype(rows)::value>(task, ahead);
   });
@@ -440,7 +474,7 @@ void multiply(ffi::ThreadPool& pool, const typename A::X* x, ffi::AnyBuffer matr
       return cut(pool, s.O, A::kWidth, (s.R < kFewRows ? 3072 : 1536) / (A::kWidth * sizeof(*w)), [&](int64_t o, int64_t n, int64_t next) {
         columns<A>(x, w, y, s, o, n, next);
       });
-  cut(pool, s.O, kOutputs, 65536 / (kOutputs * s.I * sizeof(*w) + 1), [&](int64_t o, int64_t n, int64_t next) {
+  cut(pool, s.O, A::kOutputs, 65536 / (A::kOutputs * s.I * sizeof(*w) + 1), [&](int64_t o, int64_t n, int64_t next) {
     rows<A>(x, w, y, s, o, n, next, units);
   });
 }
