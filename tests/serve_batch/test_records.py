@@ -169,30 +169,6 @@ def test_the_longest_line_that_is_allowed_is_a_prompt():
     assert isinstance(parse(b"x" * records.MAX_LINE_BYTES + b"\r\n", "text"), Prompt)
 
 
-json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(st.characters(exclude_categories=())),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-    max_leaves=10,
-)
-
-
-@given(st.dictionaries(st.text(), json_values))
-def test_a_record_is_one_line_for_every_reader_and_reads_back_equal(fields):
-    line = records.to_line(fields)
-    assert json.loads(line) == fields
-    assert line.decode("utf-8").splitlines() == [line.decode("utf-8")[:-1]]
-
-
-@given(st.binary())
-def test_no_line_raises(line):
-    assert isinstance(parse(line), Prompt | RowError)
-    assert isinstance(parse(line, "text"), Prompt | RowError)
-
-
 WHERE: dict[str, Any] = {
     "index": 3,
     "source": Source("a.jsonl", 20, 2),
@@ -205,6 +181,53 @@ def completion(text: str, *tokens: int, **more: Any) -> Completion:
     return Completion(
         text=text, tokens=tokens, finish_reason="eos", prompt_tokens=(1, 2, 3), **more
     )
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=())),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(st.text(), json_values))
+def test_fields_are_one_line_for_every_reader_and_read_back_equal(fields):
+    text = records.to_json(fields)
+    assert json.loads(text) == fields
+    assert text.encode().decode().splitlines() == [text]
+
+
+any_text = st.text(st.characters(exclude_categories=()))
+
+
+@given(
+    st.lists(
+        st.builds(lambda text, ids: completion(text, *ids), any_text, st.lists(st.integers(0, 99)))
+    ),
+    st.none() | st.integers() | st.text(),
+    any_text,
+    st.dictionaries(st.text(), json_values),
+)
+def test_a_record_s_line_is_the_record_as_json(samples, row_id, file, fields):
+    where = WHERE | {"source": Source(file, 7, 1)}
+    prompt = Prompt(prompt="a", sampling=DEFAULTS, id=row_id, input=fields)
+    error = RowError(code="bad", message=file, id=row_id, input=fields)
+    row, result = (prompt, samples) if samples else (error, error)
+    record = records.record(row, result, **where)
+    line = records.to_line(record)
+    assert line == records.to_json(record).encode() + b"\n"
+    assert json.loads(line) == record
+    assert line.decode().splitlines() == [line.decode()[:-1]]
+
+
+@given(st.binary())
+def test_no_line_raises(line):
+    assert isinstance(parse(line), Prompt | RowError)
+    assert isinstance(parse(line, "text"), Prompt | RowError)
 
 
 def test_every_record_has_the_same_keys():

@@ -30,7 +30,9 @@ class Rows:
 
     def __init__(self, file: BinaryIO):
         self._file = file
-        self._parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES)
+        self._parquet = pq.ParquetFile(
+            file, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
+        )
         self._names = self._parquet.schema_arrow.names
         self._check_columns()
         self.position = 0
@@ -266,6 +268,7 @@ class Writer:
             compression_level=3,
             use_dictionary=True,
             write_statistics=True,
+            write_page_checksum=True,
             store_schema=True,
         )
         self._waiting: list[dict[str, Any]] = []

@@ -11,7 +11,7 @@ import socket
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from core import Completion, Request, RequestError, Sampling
 from serve_batch import devices, host, inputs, parts, records, stores
@@ -24,8 +24,7 @@ REPORTED_ROWS = 64
 """Rows between two words of progress."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     index: int
     source: Source
     content: Prompt | RowError
@@ -189,7 +188,7 @@ def _write(
     Raises:
       JobError: these are not the rows that were planned.
     """
-    tally = _Tally()
+    tally, model = _Tally(), work.model
     failed: list[Any] = []
     with parts.Writer(file, work.plan.output_format) as part:
         for row, outcome, truncated in _complete(rows, work):
@@ -202,7 +201,7 @@ def _write(
                     outcome,
                     index=row.index,
                     source=row.source,
-                    model=work.model,
+                    model=model,
                     answers=_answers(row, outcome, work),
                     truncated=truncated,
                 )
