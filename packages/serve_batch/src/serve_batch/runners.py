@@ -1,4 +1,4 @@
-"""The Beam pipeline of a job and the runner it runs on; the only module that imports apache_beam.
+"""The Beam pipeline of a job and the runner it runs on.
 
     the job -> unfinished shards (numbers) -> Reshuffle -> GenerateShards -> receipts
 
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from core.errors import FlaxmillError
+from serve_batch import errors
 from serve_batch.plan import UsageError
 from serve_batch.shards import Job, Work, generate
 
@@ -23,22 +24,34 @@ from serve_batch.shards import Job, Work, generate
 def quiet() -> Iterator[None]:
     """Keeps Beam's log lines to itself, and leaves logging as it found it; a failure is raised, not logged."""
     root, beam_logger = logging.getLogger(), logging.getLogger("apache_beam")
+    servers = [logging.getLogger(name) for name in _JOB_SERVERS]
     handlers, level = list(root.handlers), beam_logger.level
+    disabled = [server.disabled for server in servers]
     if not handlers:
         root.addHandler(logging.NullHandler())  # else Beam calls logging.basicConfig
-    # Logged to the root logger while apache_beam is imported without its gcp extra.
-    root.addFilter(_is_not_about_apitools)
+    not_of_beam = _NotOfBeam()
+    root.addFilter(not_of_beam)
     beam_logger.setLevel(logging.CRITICAL + 1)
+    for server in servers:
+        server.disabled = True  # they set their own level
     try:
         yield
     finally:
-        root.removeFilter(_is_not_about_apitools)
+        root.removeFilter(not_of_beam)
         root.handlers[:] = handlers
         beam_logger.setLevel(level)
+        for server, before in zip(servers, disabled, strict=True):
+            server.disabled = before
 
 
-def _is_not_about_apitools(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith("apitools not found")
+_JOB_SERVERS = ("FlinkJarJobServer", "SparkJarJobServer", "PrismJobServer")
+
+
+class _NotOfBeam(logging.Filter):
+    """Drops what Beam logs to the root logger: what a job server says, and what it misses at its import."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "apache_beam" not in record.pathname
 
 
 with quiet():
@@ -47,7 +60,8 @@ with quiet():
     from apache_beam.portability.api import beam_provision_api_pb2
     from apache_beam.runners.portability.fn_api_runner import fn_runner
     from apache_beam.runners.portability.portable_runner import JobServiceHandle
-    from apache_beam.runners.runner import PipelineRunner
+    from apache_beam.runners.runner import PipelineResult, PipelineRunner
+    from apache_beam.runners.worker import sdk_worker
 
 
 class GenerateError(Exception):
@@ -67,8 +81,11 @@ class GenerateShards(beam.DoFn):
 
     def process(self, element: int) -> Iterator[dict[str, Any]]:
         assert self._work is not None
+        work, shard = self._work, self._work.plan.shards[element]
         with _told_in_one_line(f"shard {element}"):
-            receipt = generate(self._work.plan.shards[element], self._work)
+            # Where a runner tries a stage again, most of its shards are done.
+            done = work.job.output.receipt(work.plan, shard)
+            receipt = done or generate(shard, work)
         yield dataclasses.asdict(receipt)
 
 
@@ -77,35 +94,54 @@ def _told_in_one_line(doing: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        what = (
-            str(error) if isinstance(error, FlaxmillError) else f"{type(error).__name__}: {error}"
-        )
-        raise GenerateError(f"{doing} failed: {' '.join(what.split())}") from error
+        raise GenerateError(errors.told(doing, error)) from error
 
 
 def unfinished(job: Job) -> Iterator[int]:
     """Yields the numbers of the shards that have no receipt yet."""
-    plan = job.output.read_plan()
-    assert plan is not None
+    with _told_in_one_line("starting a worker"):
+        plan = job.plan()
     for shard in plan.shards:
         if job.output.receipt(plan, shard) is None:
             yield shard.number
 
 
 def run(job: Job, runner: PipelineRunner | str, options: PipelineOptions) -> None:
-    """Runs the pipeline of `job` to its end."""
-    with beam.Pipeline(runner=runner, options=options) as pipeline:
-        _ = (
-            pipeline
-            | "Job" >> beam.Create([job])
-            | "Unfinished" >> beam.FlatMap(unfinished)
-            | "Reshuffle" >> beam.Reshuffle()
-            | "Generate" >> beam.ParDo(GenerateShards(job))
-        )
+    """Runs the pipeline of `job` to its end; interrupted, it takes the job back from where it runs."""
+    pipeline = beam.Pipeline(runner=runner, options=options)
+    _ = (
+        pipeline
+        | "Job" >> beam.Create([job])
+        | "Unfinished" >> beam.FlatMap(unfinished)
+        | "Reshuffle" >> beam.Reshuffle()
+        | "Generate" >> beam.ParDo(GenerateShards(job))
+    )
+    with _workers_that_do_not_print():
+        result: PipelineResult = pipeline.run()
+        try:
+            result.wait_until_finish()
+        except BaseException:
+            with contextlib.suppress(Exception):
+                result.cancel()
+            raise
 
 
-def pipeline_options(flags: Sequence[str]) -> PipelineOptions:
+@contextlib.contextmanager
+def _workers_that_do_not_print() -> Iterator[None]:
+    """Keeps workers in this process (LOOPBACK) from printing the traceback that the job is about to raise."""
+    sdk_worker.print = lambda *what, **how: None  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        del sdk_worker.print  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def pipeline_options(flags: Sequence[str], *, has_job_server: bool = False) -> PipelineOptions:
     """Returns Beam's options from `--name=value` strings.
+
+    Args:
+      flags: what a user gave.
+      has_job_server: a server will say which options it has besides.
 
     Raises:
       UsageError: Beam has no such option, or a flag of our own decides it.
@@ -113,7 +149,8 @@ def pipeline_options(flags: Sequence[str]) -> PipelineOptions:
     options = PipelineOptions(["--default_sdk_harness_log_level=ERROR", *flags])
     with quiet():  # it warns of what it discards
         known = options.get_all_options().keys()
-    if unknown := options.get_all_options(retain_unknown_options=True).keys() - known:
+    unknown = options.get_all_options(retain_unknown_options=True).keys() - known
+    if unknown and not has_job_server:
         raise UsageError(f"Beam {beam.__version__} has no option --{min(unknown)}")
     given = PipelineOptions(list(flags)).get_all_options(drop_default=True)
     if ours := given.keys() & {"runner", "direct_num_workers", "direct_running_mode"}:
@@ -134,8 +171,34 @@ def local(beam_options: Sequence[str] = ()) -> tuple[PipelineRunner, PipelineOpt
     return runner, options
 
 
+@contextlib.contextmanager
+def cluster(
+    name: str, beam_options: Sequence[str], *, workers: int, output: str
+) -> Iterator[tuple[PipelineRunner, PipelineOptions]]:
+    """Yields Beam's runner `name` and its options, of which some go without saying.
+
+    Raises:
+      UsageError: an option is missing or unknown, or what the runner needs is not installed here.
+    """
+    from serve_batch import clusters
+
+    has_job_server = name in clusters.WITH_A_JOB_SERVER
+    pipeline_options(beam_options, has_job_server=has_job_server)
+    with quiet():
+        runner, flags = clusters.runner(name, beam_options, workers=workers, output=output)
+    try:
+        yield runner, pipeline_options(flags, has_job_server=has_job_server)
+    finally:
+        if isinstance(runner, clusters.Portable):
+            runner.stop()
+
+
 def cause(error: Exception) -> str:
     """Returns in one line why a pipeline failed, from what Beam made of it: a message or a whole traceback."""
+    if isinstance(error, FlaxmillError):
+        return str(error)
+    if told := re.search(r"GenerateError: (.*?)(?: \[while running|$)", str(error), flags=re.M):
+        return told[1]
     last = str(error).strip().rpartition("\n")[2]
     last = re.sub(r" \[while running '[^']*'\]$", "", last)
-    return re.sub(r"^[\w.]*GenerateError: ", "", last) or type(error).__name__
+    return last or type(error).__name__
