@@ -119,13 +119,20 @@ void take_block(const float* q, const Number* const* keys, const Number* const* 
   for (; h < H; h += W) mix<1>(weights, rows, from, to, h, H, keep, values);
 }
 
-// The queries of one row that share a key head, over the positions of one split.
+// Asks for a row of H numbers.
+template <class Number>
+INLINE void ask(const Number* row, int64_t H) {
+  for (int64_t h = 0; h < H; h += 64 / int64_t(sizeof(Number))) __builtin_prefetch(row + h, 0, 2);
+}
+
+// The queries of one row that share a key head, over the positions of one split. Meanwhile it asks for what lies `ahead`
+// numbers further on: the same positions of who is next, it is hoped.
 template <class Query, class Number>
 class Task {
  public:
   Task(const Sizes& sizes, const Query* q_TNH, const Number* k_SH, const Number* v_SH, int64_t head, int64_t position,
-       int64_t count)
-      : sizes_(sizes), k_(k_SH), v_(v_SH), position_(position), count_(count), queries_(count * sizes.G()),
+       int64_t count, int64_t ahead)
+      : sizes_(sizes), k_(k_SH), v_(v_SH), ahead_(ahead), position_(position), count_(count), queries_(count * sizes.G()),
         q_(queries_ * sizes.padded()), gathered(queries_), values(queries_ * sizes.padded()) {
     int64_t G = sizes.G(), N = sizes.N, H = sizes.H;
     for (int64_t t = 0; t < count; ++t)
@@ -147,6 +154,7 @@ class Task {
     int64_t slot = (block + from) % sizes_.S;
     for (int i = from; i < to; ++i) {
       keys[i] = k_ + slot * sizes_.H, rows[i] = v_ + slot * sizes_.H;
+      if (ahead_) ask(keys[i] + ahead_, sizes_.H), ask(rows[i] + ahead_, sizes_.H);
       slot = slot + 1 == sizes_.S ? 0 : slot + 1;
     }
     if constexpr (!std::is_same_v<Number, float>) {
@@ -183,7 +191,7 @@ class Task {
 
   const Sizes& sizes_;
   const Number *k_, *v_;
-  int64_t position_, count_, queries_;
+  int64_t ahead_, position_, count_, queries_;
   std::vector<float> q_, wide_;
 
  public:
@@ -241,11 +249,12 @@ void Run(ffi::ThreadPool& pool, const Sizes& sizes, const Query* q, const Number
     }
     for (int64_t s = 0; s < splits; ++s) tasks[first + s].reset();
   };
+  auto place = [&](int64_t i) { return ((first_row + parts[i].b) * K + parts[i].head) * sizes.S * H; };
   parallel(pool, parts.size(), [&](int64_t i) {
     auto [b, head, split, splits] = parts[i];
-    int64_t at = ((first_row + b) * K + head) * sizes.S * H;
+    int64_t at = place(i), next = i + pool.num_threads(), ahead = next < int64_t(parts.size()) ? place(next) - at : 0;
     tasks[i] = std::make_unique<Task<Query, Number>>(sizes, q + b * T * N * H, k + at, v + at, head, positions[b],
-                                                     std::min<int64_t>(lengths[b], T));
+                                                     std::min<int64_t>(lengths[b], T), ahead);
     tasks[i]->run(split * kSplit, (split + 1) * kSplit);
     if (splits == 1) end_row(i);
   });

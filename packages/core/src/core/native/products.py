@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from core.native.library import call, is_serving
 
-ROWS = 64  # beyond which XLA's own products are faster (docs/log.md)
+ROWS = 128  # beyond which XLA's own products are faster (docs/log.md)
 
 _FLOATS = (jnp.float32, jnp.bfloat16)
 _LONGEST = 2**16  # products of int8 whose sum int32 is sure to hold
