@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 import core
+import serve_batch
 import tiny
 from core import checkpoint
 
@@ -18,6 +19,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     checkpoint.save(folder, config, tiny.params(core.build(config)), tokenizer=tokenizer)
     return folder
+
+
+@pytest.fixture
+def run(model: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """`serve_batch.run` on the test's input, with 4 slots and small shards."""
+
+    def call(**arguments: Any) -> dict[str, Any]:
+        defaults = {
+            "model": model,
+            "input": tmp_path / "input" / "*",
+            "output": tmp_path / "out",
+            "sampling": core.Sampling(max_new_tokens=6, temperature=0.9, top_k=40, seed=3),
+            "slots": 4,
+            "shard_size": 16,
+        }
+        return serve_batch.run(**(defaults | arguments))
+
+    return call
 
 
 @pytest.fixture

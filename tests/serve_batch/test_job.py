@@ -31,24 +31,6 @@ DIRTY_CODES = ["bad_json", "not_an_object", "prompt_missing", "prompt_wrong_type
 
 
 @pytest.fixture
-def run(model, tmp_path):
-    """`serve_batch.run` on the test's input, with 4 slots and small shards."""
-
-    def call(**arguments):
-        defaults = {
-            "model": model,
-            "input": tmp_path / "input" / "*",
-            "output": tmp_path / "out",
-            "sampling": SAMPLED,
-            "slots": 4,
-            "shard_size": 16,
-        }
-        return serve_batch.run(**(defaults | arguments))
-
-    return call
-
-
-@pytest.fixture
 def engine(model):
     return core.Engine(*core.load(model), slots=4)
 
@@ -469,7 +451,6 @@ def test_a_worker_with_another_core_or_another_model_refuses(model):
     ("arguments", "told"),
     [
         ({"runner": "DaskRunner"}, "loses rows"),
-        ({"runner": "FlinkRunner"}, "FlinkRunner is not supported yet"),
         ({"runner": "Nonsense"}, "there is no runner 'Nonsense'"),
         ({"input": ""}, "give --input=GLOB and --output=DIR"),
         ({"input": []}, "give --input=GLOB and --output=DIR"),
@@ -478,7 +459,6 @@ def test_a_worker_with_another_core_or_another_model_refuses(model):
         ({"precision": "fp8"}, "'fp8' is not one of float32, bfloat16, int8"),
         ({"shard_size": 0}, "shard_size is 0"),
         ({"workers": -1}, "workers is -1"),
-        ({"workers": 2}, "one process is what is supported yet"),
         ({"max_error_rate": 1.5}, r"max_error_rate is 1\.5"),
         ({"long_prompts": "shorten"}, "long_prompts 'shorten' is not one of error, truncate_left"),
         ({"output_format": "csv"}, "output_format 'csv' is not one of jsonl, parquet"),

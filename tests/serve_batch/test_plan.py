@@ -72,7 +72,7 @@ def test_shards_hold_every_line_once_and_in_order(contents, shard_size, block, t
     first_rows = [i * shard_size for i in range(len(plan.shards))]
     assert [shard.first_row for shard in plan.shards] == first_rows
     rows = [row for shard in plan.shards for row in shards.read(plan, shard, DEFAULTS)]
-    assert [row.index for row in rows] == list(range(len(expected)))
+    assert [row.number for row in rows] == list(range(len(expected)))
 
 
 def test_a_row_knows_its_file_its_offset_and_its_line(tmp_path):

@@ -237,7 +237,7 @@ class OutputFolder:
     def settle(self, plan: Plan) -> None:
         """Ends what was being replaced when a job was killed, or takes it back."""
         for shard, content in self._receipts(plan):
-            if b'"previous": null' in content:
+            if b'"previous": {' not in content:
                 continue
             receipt = self.receipt(plan, shard)
             if receipt is None:

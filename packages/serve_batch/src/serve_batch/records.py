@@ -352,7 +352,8 @@ def record(
         said = _NOTHING | {"error": {"code": result.code, "message": result.message}}
     else:
         samples = [
-            _sample(completion, answers and answers[i]) for i, completion in enumerate(result)
+            _sample(completion, answers[i] if answers else None)
+            for i, completion in enumerate(result)
         ]
         said = {
             **samples[0],

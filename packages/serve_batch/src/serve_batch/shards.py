@@ -25,7 +25,8 @@ REPORTED_ROWS = 64
 
 
 class Row(NamedTuple):
-    index: int
+    number: int
+    """In the whole input, from 0."""
     source: Source
     content: Prompt | RowError
 
@@ -55,8 +56,8 @@ class Job:
         plan = self.output.read_plan()
         if plan is None:
             raise JobError(
-                f"{self.output.plan_file} is not there for a worker on {socket.gethostname()}: workers use the "
-                "launcher's paths, so the output folder, the input and the model lie where all see them"
+                f"there is no plan in {self.output.place} for a worker on {socket.gethostname()}: workers use "
+                "the launcher's paths, so the output folder, the input and the model lie where all see them"
             )
         return plan
 
@@ -130,10 +131,9 @@ def generate(shard: Shard, work: Work) -> Receipt:
       JobError: the input is not what was planned. Whatever else is raised comes from the engine or the disk; no part
         or receipt is left in any case, or those that were there.
     """
-    if work.job.retried_codes is not None:
-        done = work.job.output.receipt(work.plan, shard)
-        if done is not None:
-            return _retry(shard, done, work) if done.selected(work.job.retried_codes) else done
+    done = work.job.output.receipt(work.plan, shard)
+    if done is not None:  # a runner may ask again for what is done
+        return _retry(shard, done, work) if done.selected(work.job.retried_codes) else done
     output, plan = work.job.output, work.plan
     rows = ((row, None) for row in read(plan, shard, work.job.sampling))
     with output.store.writing(plan.part_name(shard)) as file:
@@ -199,7 +199,7 @@ def _write(
                 record = records.record(
                     row.content,
                     outcome,
-                    index=row.index,
+                    index=row.number,
                     source=row.source,
                     model=model,
                     answers=_answers(row, outcome, work),
