@@ -9,6 +9,7 @@ nothing of flaxmill but the protocol and the workloads.
 """
 
 import ctypes
+import heapq
 import json
 import subprocess
 import sys
@@ -60,6 +61,8 @@ class Llama:
         options.n_ubatch = UBATCH
         options.n_threads = options.n_threads_batch = threads
         options.type_k = options.type_v = F32 if is_exact else F16
+        if is_exact:  # its fused attention would make float16 of the whole cache, at every step
+            options.flash_attn_type = self.api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         options.no_perf = True
         context = self.api.llama_init_from_model(self.model, options)
         if not context:
@@ -81,13 +84,13 @@ class Llama:
         while True:
             self.batch.n_tokens = 0
             asked: list[tuple[int, int]] = []  # slots, and where in the batch their last token is
-            for slot, i in running.items():
-                position = len(requests[i][0]) + len(rows[i]) - 1
-                asked.append((slot, self._add(rows[i][-1:], position, slot)))
             while free and (i := next(waiting, None)) is not None:
-                slot = free.pop()
-                running[slot] = i
-                asked.append((slot, self._add(requests[i][0], 0, slot)))
+                running[heapq.heappop(free)] = i
+            # In the order of the slots: what does not follow on the sequence before it is computed apart.
+            for slot, i in sorted(running.items()):
+                prompt, new = requests[i][0], rows[i]
+                tokens, position = (new[-1:], len(prompt) + len(new) - 1) if new else (prompt, 0)
+                asked.append((slot, self._add(tokens, position, slot)))
             if not asked:
                 return rows
             for slot, token in zip((s for s, _ in asked), self._decode(asked), strict=True):
@@ -95,7 +98,7 @@ class Llama:
                 rows[i].append(token)
                 if len(rows[i]) == requests[i][1]:
                     del running[slot]
-                    free.append(slot)
+                    heapq.heappush(free, slot)
                     self.api.llama_memory_seq_rm(self.memory, slot, -1, -1)
 
     def _add(self, tokens: Sequence[int], position: int, slot: int) -> int:
