@@ -108,7 +108,7 @@ def test_a_job_reads_a_compressed_file_once_and_not_once_a_shard(tmp_path, monke
     assert (len(plan.shards), len(in_order), len(opened)) == (100, 1000, 1)
     backwards = [list(shards.read(plan, shard, DEFAULTS)) for shard in plan.shards[::-1]]
     assert [row for rows in backwards[::-1] for row in rows] == in_order
-    inputs.close_idle()
+    inputs.idle.close()
 
 
 def test_of_files_that_are_open_between_shards_there_are_few(tmp_path):
@@ -116,9 +116,9 @@ def test_of_files_that_are_open_between_shards_there_are_few(tmp_path):
         (tmp_path / f"{i:02d}.txt.gz").write_bytes(gzip.compress(b"a\nb\n"))
     plan = plan_of(tmp_path, shard_size=1)
     assert len(rows_of(plan)) == 40
-    assert len(inputs._idle._cursors) == inputs._IDLE
-    inputs.close_idle()
-    assert inputs._idle._cursors == []
+    assert len(inputs.idle._cursors) == inputs._IDLE
+    inputs.idle.close()
+    assert inputs.idle._cursors == []
 
 
 def test_a_folder_stands_for_the_files_in_it_that_can_be_read(tmp_path):
@@ -224,7 +224,7 @@ def test_a_parquet_file_is_read_by_rows_wherever_its_groups_end(write_table):
         first, *_ = rows = list(shards.read(plan, shard, DEFAULTS))
         assert first.content == Prompt(f"row {shard.first_row}", DEFAULTS)
         assert len(rows) == shard.rows
-    inputs.close_idle()
+    inputs.idle.close()
 
 
 def test_parquet_files_that_cannot_be_used_are_found_at_planning(tmp_path, write_table):
@@ -284,4 +284,4 @@ def test_inputs_may_lie_in_an_object_store(place):
         inputs.find([place], output="memory://in")
     with pytest.raises(JobError, match="no file matches memory:///other"):
         inputs.find(["memory://other/*.txt"], output="/nowhere")
-    inputs.close_idle()
+    inputs.idle.close()

@@ -205,7 +205,7 @@ def rows(
     Raises:
       JobError: the file is damaged, or shorter than it was.
     """
-    cursor = _idle.take(store, entry, start)
+    cursor = idle.take(store, entry, start)
     with _reading(store, entry):
         cursor = cursor or _open(store, entry)
         try:
@@ -216,7 +216,7 @@ def rows(
     if cursor.is_seekable:
         cursor.close()
     else:
-        _idle.give(store, entry, cursor)
+        idle.give(store, entry, cursor)
 
 
 @contextlib.contextmanager
@@ -359,6 +359,5 @@ class _Idle:
             cursor.close()
 
 
-_idle = _Idle()
-close_idle = _idle.close
-"""Closes the files that stayed open; for the end of a job."""
+idle = _Idle()
+"""Of this process; to be closed when a job ends."""

@@ -151,7 +151,8 @@ def run(
                 retried_with=others,
                 reports_progress=sys.stderr.isatty(),
             )
-            with _progress(folder, plan.rows, done=plan.rows - sum(s.rows for s in left)):
+            done = plan.rows - sum(shard.rows for shard in left)
+            with _progress(folder, plan.rows, done), contextlib.closing(inputs_lib.idle):
                 _generate(job, [s.number for s in left], runner, beam_options, workers)
             now = inputs_lib.find(patterns, output=folder.place)
             _expect_unchanged(folder, plan, *now, fingerprint | _of_plan(plan, others))
@@ -309,10 +310,8 @@ def _generate(
             if runner in _LOCAL_RUNNERS:
                 runners.run(job, *runners.local(beam_options))
             else:
-                where = str(job.output.path)
-                with runners.cluster(
-                    runner, beam_options, workers=workers, output=where
-                ) as engine:
+                where = str(job.output.place)
+                with runners.cluster(runner, beam_options, workers=workers, output=where) as engine:
                     runners.run(job, *engine)
         except Exception as error:
             what = runners.cause(error)
@@ -394,7 +393,7 @@ def _inspect(plan: Plan, sampling: "Sampling") -> dict[str, Any]:
 
     by_code: Counter[str] = Counter()
     progress = tqdm.tqdm(total=plan.rows, unit=" prompts", unit_scale=True, disable=None)
-    with progress:
+    with progress, contextlib.closing(inputs_lib.idle):
         for shard in plan.shards:
             rows = shards.read(plan, shard, sampling)
             by_code.update(row.content.code for row in rows if isinstance(row.content, RowError))

@@ -138,8 +138,7 @@ class OutputFolder:
             ) from error
 
     def write_plan(self, plan: Plan) -> None:
-        with self.store.writing(_PLAN) as file:
-            file.write(plan.to_json())
+        self.store.write(_PLAN, plan.to_json())
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -216,8 +215,7 @@ class OutputFolder:
         return next((c for c in candidates if c.sha256 == found), None)
 
     def write_receipt(self, shard: Shard, receipt: Receipt) -> None:
-        with self.store.writing(_receipt_name(shard)) as file:
-            file.write(receipt.to_json())
+        self.store.write(_receipt_name(shard), receipt.to_json())
 
     def write_errors(self, plan: Plan, shard: Shard, failed: Sequence[Any]) -> None:
         """Writes the error records of a part, as `parts.Writer.write` returned them."""
@@ -261,8 +259,7 @@ class OutputFolder:
         self._write_json(_SUCCESS, {})
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        with self.store.writing(name) as file:
-            file.write(json.dumps(content, indent=2).encode() + b"\n")
+        self.store.write(name, json.dumps(content, indent=2).encode() + b"\n")
 
     def verified(self, plan: Plan) -> list[Receipt]:
         """Returns the receipts of all shards, once every part has been found to be what was written.

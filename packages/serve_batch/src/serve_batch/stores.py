@@ -8,9 +8,11 @@ import abc
 import contextlib
 import fcntl
 import functools
+import io
 import itertools
 import os
 import socket
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from serve_batch.errors import JobError, UsageError
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+_HERE = "file://"
 _BUFFER_BYTES = 1 << 16
 _AT_ONCE = 256
 _BLOCK_BYTES = 8 << 20
@@ -32,7 +35,7 @@ class Stat(NamedTuple):
 
 
 def is_remote(place: str | Path) -> bool:
-    return "://" in str(place)
+    return "://" in str(place) and not str(place).startswith(_HERE)
 
 
 def absolute(place: str | Path) -> str:
@@ -42,7 +45,7 @@ def absolute(place: str | Path) -> str:
       UsageError: nothing that is installed can reach it.
     """
     if not is_remote(place):
-        return os.path.abspath(place)  # noqa: PTH100
+        return os.path.abspath(str(place).removeprefix(_HERE))  # noqa: PTH100
     protocol = str(place).partition("://")[0]
     return f"{protocol}://{_filesystem(protocol)._strip_protocol(str(place)).rstrip('/')}"
 
@@ -81,6 +84,11 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def writing(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
         """Yields a file that appears under `name`, whole, when the block ends, and not at all if it raises."""
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a small file, which appears whole."""
+        with self.writing(name) as file:
+            file.write(content)
 
     @abc.abstractmethod
     def holding(self, name: str) -> contextlib.AbstractContextManager[None]:
@@ -195,7 +203,8 @@ class Remote(Store):
     def open(self, name: str) -> BinaryIO:
         fs = self._fs
         options = {"block_size": _BLOCK_BYTES, "cache_type": "readahead"}
-        return cast(BinaryIO, fs.open(fs._strip_protocol(self._url(name)), "rb", **options))
+        file = fs.open(fs._strip_protocol(self._url(name)), "rb", **options)
+        return io.BufferedReader(file, _BUFFER_BYTES)  # fsspec's own cannot read a part of a line
 
     def read_each(self, names: Iterable[str]) -> Iterator[bytes]:
         fs, left = self._fs, iter(names)
@@ -228,19 +237,18 @@ class Remote(Store):
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
-        fs = self._fs
-        path = fs._strip_protocol(self._url(name))
-        with _reached(self._url(name)):
-            fs.makedirs(path.rpartition("/")[0], exist_ok=True)  # of local files; objects need none
-            file = fs.open(path, "wb", autocommit=False)
-        try:
+        """The file grows on this machine and is sent when it is whole: not every store forgets what was begun."""
+        with tempfile.NamedTemporaryFile(prefix="flaxmill-") as file:
             yield cast(BinaryIO, file)
-            file.close()
-        except BaseException:
-            file.discard()
-            raise
+            file.flush()
+            fs = self._fs
+            with _reached(self._url(name)):
+                fs.put_file(file.name, fs._strip_protocol(self._url(name)))
+
+    def write(self, name: str, content: bytes) -> None:
+        fs = self._fs
         with _reached(self._url(name)):
-            file.commit()
+            fs.pipe_file(fs._strip_protocol(self._url(name)), content)  # one request
 
     @contextlib.contextmanager
     def holding(self, name: str) -> Iterator[None]:
@@ -248,7 +256,6 @@ class Remote(Store):
         fs = self._fs
         path = fs._strip_protocol(self._url(name))
         with _reached(self._url(name)):
-            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             try:
                 fs.pipe_file(path, _me().encode(), mode="create")
             except FileExistsError:
