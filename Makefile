@@ -29,7 +29,7 @@ RUN := .venv/bin/python -m
 # Neighbouring tests on one worker: they share fixtures and what they compile.
 PYTEST := pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help sync demo test test-slow parity check format convert export verify train generate batch bench publish env pins clean uv
+.PHONY: help sync demo test test-slow parity cluster-test check format convert export verify train generate batch bench publish env pins clean uv
 
 help: ## Prints this help.
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -41,13 +41,16 @@ demo: .venv/.synced ## The whole pipeline on real text in three minutes, offline
 	@$(RUN) bench.demo $(ARGS)
 
 test: .venv/.synced ## The fast tests, without torch (under five minutes on two cores).
-	$(RUN) $(PYTEST) -m "not slow and not parity and not gpu" $(ARGS)
+	$(RUN) $(PYTEST) -m "not slow and not parity and not gpu and not cluster" $(ARGS)
 
 test-slow: .venv/.synced ## The tests that take long, and those of which each case has a faster one beside it.
-	$(RUN) $(PYTEST) -m "slow and not parity and not gpu" $(ARGS)
+	$(RUN) $(PYTEST) -m "slow and not parity and not gpu and not cluster" $(ARGS)
 
 parity: .venv-peers/.synced .venv-peers/.llama ## The comparisons with torch, transformers and llama.cpp (builds .venv-peers, 5 GB).
 	.venv-peers/bin/python -m $(PYTEST) -m parity $(ARGS)
+
+cluster-test: .venv/.synced | $(UV) ## serve_batch on real clusters: Flink, Spark, Prism (takes Java, Maven and Go; fetches 1 GB into .cache once).
+	UV=$(UV) $(RUN) pytest -m cluster tests/serve_batch $(ARGS)
 
 check: .venv/.synced ## Formatting, lint, types and the floors between the modules.
 	.venv/bin/ruff format --check -q .

@@ -23,7 +23,7 @@ from apache_beam.runners.portability.prism_runner import PrismRunner
 from apache_beam.runners.portability.spark_runner import LOCAL_MASTER_PATTERN, SparkRunner
 from apache_beam.runners.runner import PipelineRunner, create_runner
 
-from serve_batch.plan import JobError, UsageError
+from serve_batch.errors import JobError, UsageError
 
 _CONNECT_S = 10
 _YEAR_S = 365 * 24 * 3600

@@ -10,7 +10,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from serve_batch.plan import JobError
+from serve_batch.errors import JobError
 
 ONE = "FLAXMILL_ONE_ACCELERATOR"
 """Set to 1 in the environment of a worker, or of a worker pool that starts several on a machine: each takes one."""

@@ -310,9 +310,7 @@ def _generate(
             if runner in _LOCAL_RUNNERS:
                 runners.run(job, *runners.local(beam_options))
             else:
-                where = str(job.output.place)
-                with runners.cluster(runner, beam_options, workers=workers, output=where) as engine:
-                    runners.run(job, *engine)
+                runners.run_on_cluster(job, runner, beam_options, workers=workers)
         except Exception as error:
             what = runners.cause(error)
             if what == KeyboardInterrupt.__name__:  # Beam makes a RuntimeError of it

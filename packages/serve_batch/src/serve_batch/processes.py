@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from serve_batch import devices, errors
-from serve_batch.plan import JobError, UsageError
+from serve_batch.errors import JobError, UsageError
 
 if TYPE_CHECKING:
     from serve_batch.shards import Job, Work

@@ -16,7 +16,7 @@ from typing import Any
 
 from core.errors import FlaxmillError
 from serve_batch import errors
-from serve_batch.plan import UsageError
+from serve_batch.errors import UsageError
 from serve_batch.shards import Job, Work, generate
 
 
@@ -75,17 +75,14 @@ class GenerateShards(beam.DoFn):
         self._job = job
         self._work: Work | None = None
 
-    def setup(self) -> None:
-        with _told_in_one_line("starting a worker"):
-            self._work = self._job.start()
-
     def process(self, element: int) -> Iterator[dict[str, Any]]:
-        assert self._work is not None
+        # Not in `setup`: what fails there, Flink and Spark learn of after three minutes, each time that they try.
+        if self._work is None:
+            with _told_in_one_line("starting a worker"):
+                self._work = self._job.start()
         work, shard = self._work, self._work.plan.shards[element]
         with _told_in_one_line(f"shard {element}"):
-            # Where a runner tries a stage again, most of its shards are done.
-            done = work.job.output.receipt(work.plan, shard)
-            receipt = done or generate(shard, work)
+            receipt = generate(shard, work)
         yield dataclasses.asdict(receipt)
 
 
@@ -98,11 +95,12 @@ def _told_in_one_line(doing: str) -> Iterator[None]:
 
 
 def unfinished(job: Job) -> Iterator[int]:
-    """Yields the numbers of the shards that have no receipt yet."""
+    """Yields the numbers of the shards that are to be done."""
     with _told_in_one_line("starting a worker"):
         plan = job.plan()
-    for shard in plan.shards:
-        if job.output.receipt(plan, shard) is None:
+        receipts = job.output.receipts(plan)
+    for shard, receipt in zip(plan.shards, receipts, strict=True):
+        if receipt is None or receipt.selected(job.retried_codes):
             yield shard.number
 
 
@@ -124,6 +122,30 @@ def run(job: Job, runner: PipelineRunner | str, options: PipelineOptions) -> Non
             with contextlib.suppress(Exception):
                 result.cancel()
             raise
+
+
+def run_on_cluster(job: Job, name: str, beam_options: Sequence[str], *, workers: int) -> None:
+    """Runs the pipeline of `job` on Beam's runner `name`, and sends what is left again while that gets on.
+
+    A cluster may give a job up with a machine that it loses: Flink does so for bounded jobs, unless it is configured
+    otherwise. What our own code raises is final.
+    """
+    place = str(job.output.place)
+    while left := len(list(unfinished(job))):
+        try:
+            with cluster(name, beam_options, workers=workers, output=place) as (runner, options):
+                return run(job, runner, options)
+        except Exception as error:
+            is_ours = isinstance(error, FlaxmillError) or GenerateError.__name__ in str(error)
+            still_left = len(list(unfinished(job)))
+            if is_ours or still_left == left or cause(error) == KeyboardInterrupt.__name__:
+                raise
+            logging.getLogger(__name__).warning(
+                "%s gave the job up: %s; %d shards are left and are sent again",
+                name,
+                cause(error),
+                still_left,
+            )
 
 
 @contextlib.contextmanager
