@@ -21,7 +21,7 @@ from core.kv_cache import KVCache
 from core.layers import unembed
 from core.models.gpt2 import GPT2
 from core.models.gpt_oss import GptOss
-from core.models.modules import PLAIN
+from core.models.modules import PLAIN as PLAIN
 from core.models.modules import Compute as Compute
 from core.tokenizer import Tokenizer
 

@@ -24,6 +24,7 @@ from core.models.modules import (
     remat,
     residual,
     rows,
+    scanned,
     stream,
 )
 
@@ -78,12 +79,27 @@ class Blocks(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, positions_BT, cache, lengths_B, dropout_key):
+        config, attention = self.config, self.compute.attention
+        keys = _split(dropout_key, config.n_layer)
+        if self.compute.scan_layers and cache is None and not self.is_initializing():
+            by_layer = config.scale_attn_by_inverse_layer_idx
+            x_BTD, _ = scanned(
+                lambda layer: Block(config, layer, attention, parent=None),
+                [layer if by_layer else 0 for layer in range(config.n_layer)],
+                self.variables["params"],
+                x_BTD,
+                keys,
+                positions_BT,
+                None,
+                lengths_B,
+                compute=self.compute,
+            )
+            return x_BTD, None
         block_of = remat(Block, self.compute)
-        keys = _split(dropout_key, self.config.n_layer)
         pasts = []
         for layer, key in enumerate(keys):
             past = None if cache is None else cache.layer(layer)
-            block = block_of(self.config, layer, self.compute.attention, name=str(layer))
+            block = block_of(config, layer, attention, name=str(layer))
             x_BTD, past = block(x_BTD, positions_BT, past, lengths_B, key)
             pasts.append(past)
         return x_BTD, None if cache is None else KVCache.of(pasts)

@@ -19,6 +19,7 @@ from core.kv_cache import KVCache
 from core.layers import rms_norm, unembed
 from core.models.modules import (
     PLAIN,
+    SOWN,
     Compute,
     Linear,
     Table,
@@ -27,6 +28,7 @@ from core.models.modules import (
     remat,
     residual,
     rows,
+    scanned,
     stream,
 )
 from core.quant import MXFP4
@@ -75,14 +77,31 @@ class Blocks(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, positions_BT, cache, lengths_B, dropout_key):
-        block_of = remat(Block, self.compute)
-        turns = rotary.tables(self.config, positions_BT)
-        L = self.config.num_hidden_layers
+        config, attention = self.config, self.compute.attention
+        turns = rotary.tables(config, positions_BT)
+        L = config.num_hidden_layers
         keys = [None] * L if dropout_key is None else jax.random.split(dropout_key, L)
+        if self.compute.scan_layers and cache is None and not self.is_initializing():
+            x_BTD, sown = scanned(
+                lambda window: Block(config, window, attention, parent=None),
+                config.windows,
+                self.variables["params"],
+                x_BTD,
+                keys,
+                positions_BT,
+                turns,
+                None,
+                lengths_B,
+                compute=self.compute,
+            )
+            for layer, found in enumerate(sown):
+                self.put_variable(SOWN, str(layer), found)
+            return x_BTD, None
+        block_of = remat(Block, self.compute)
         pasts = []
-        for layer, (window, key) in enumerate(zip(self.config.windows, keys, strict=True)):
+        for layer, (window, key) in enumerate(zip(config.windows, keys, strict=True)):
             past = None if cache is None else cache.layer(layer)
-            block = block_of(self.config, window, self.compute.attention, name=str(layer))
+            block = block_of(config, window, attention, name=str(layer))
             x_BTD, past = block(x_BTD, positions_BT, turns, past, lengths_B, key)
             pasts.append(past)
         return x_BTD, None if cache is None else KVCache.of(pasts)

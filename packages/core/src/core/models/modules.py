@@ -1,6 +1,6 @@
 """What the families share of Flax modules: parameters that are declared under the names of the model folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,14 +18,17 @@ Initializer = Callable[..., jax.Array]
 class Compute(NamedTuple):
     """How a forward pass is computed; what it computes is the same.
 
-    `remat` is one of REMAT, `attention` one of `core.attention.IMPLEMENTATIONS`.
+    `remat` is one of REMAT, `attention` one of `core.attention.IMPLEMENTATIONS`; with `scan_layers` a whole sequence
+    goes through one block that is compiled once, its parameters a slice of all blocks' (see `scanned`).
     """
 
     remat: str = "none"
     attention: str = "xla"
+    scan_layers: bool = False
 
 
 PLAIN = Compute()
+SOWN = "intermediates"
 
 _SAVED = jax.checkpoint_policies
 REMAT: dict[str, Any] = {
@@ -42,6 +45,64 @@ def remat(block: Any, compute: Compute) -> Any:
     """Returns the module class `block`, keeping what `compute` says."""
     policy = REMAT[compute.remat]
     return block if policy is None else nn.remat(block, policy=policy)
+
+
+def scanned(
+    block_of: Callable[[Any], nn.Module],
+    kinds: Sequence[Any],
+    params: Mapping[str, Any],
+    x_BTD: jax.Array,
+    keys: Iterable[Any],
+    *arguments: Any,
+    compute: Compute,
+) -> tuple[jax.Array, list[Any]]:
+    """Returns what comes out of the blocks "0" to "L-1", and what each has sown, in a scan over their parameters.
+
+    `kinds` says how blocks differ in more than their numbers: where they take turns, as windows do, one turn is a step
+    of the scan. The parameters of a kind are stacked here, so nobody else need know; that copies them once a pass.
+
+    Args:
+      block_of: makes the block of a kind, without a parent.
+      kinds: of every layer.
+      params: of every layer by its number.
+      x_BTD: what goes into the first.
+      keys: every layer's key for dropout, or None.
+      arguments: what blocks take between `x_BTD` and the key.
+      compute: says what a block keeps for the backward pass.
+    """
+    L = len(kinds)
+    turn = next(n for n in range(1, L + 1) if L % n == 0 and [*kinds] == [*kinds[:n]] * (L // n))
+    layers = [(params[str(layer)], key) for layer, key in enumerate(keys)]
+    stacked = [
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers[kind::turn]) for kind in range(turn)
+    ]
+
+    def one(kind: Any) -> Callable[..., Any]:
+        block = block_of(kind)
+
+        def run(x_BTD: jax.Array, layer: Any) -> Any:
+            own, key = layer
+            result: Any = block.apply({"params": own}, x_BTD, *arguments, key, mutable=SOWN)
+            (x_BTD, _), sown = result
+            return x_BTD, sown.get(SOWN, {})
+
+        policy = REMAT[compute.remat]
+        # A loop keeps the passes apart; barriers against finding common parts would only be in the way.
+        return run if policy is None else jax.checkpoint(run, policy=policy, prevent_cse=False)
+
+    blocks = [one(kind) for kind in kinds[:turn]]
+
+    def step(x_BTD: jax.Array, layers: Any) -> Any:
+        sown = []
+        for block, layer in zip(blocks, layers, strict=True):
+            x_BTD, found = block(x_BTD, layer)
+            sown.append(found)
+        return x_BTD, sown
+
+    x_BTD, sown = jax.lax.scan(step, x_BTD, stacked)
+    return x_BTD, [
+        jax.tree.map(lambda x, i=layer // turn: x[i], sown[layer % turn]) for layer in range(L)
+    ]
 
 
 def residual(y_BTD: jax.Array) -> jax.Array:
