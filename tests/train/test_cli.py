@@ -119,7 +119,7 @@ def test_a_config_file_that_is_wrong_is_named_with_line_and_cause(
     assert_one_line(done.stderr, *parts)
 
 
-@pytest.mark.parametrize("module", ["train", "train.prepare"])
+@pytest.mark.parametrize("module", ["train", "train.prepare", "train.hellaswag"])
 def test_help_does_not_wait_for_jax(module: str):
     code = (
         "import runpy, sys\n"
@@ -144,13 +144,13 @@ def test_every_key_can_be_set_from_the_command_line():
         "family": "gpt_oss",
         "eval_mode": "full",
         "data_order": "epoch",
-        "lr_schedule": "linear",
+        "lr_schedule": "wsd",
         "attention": "xla",
         "optimizer": "muon",
         "remat": "full",
     }
-    # What needs an extra, or another process.
-    apart = {"wandb_log", "tensorboard", "mesh", "coordinator", "processes", "process"}
+    # What needs an extra, another process or another family.
+    apart = {"wandb_log", "tensorboard", "mesh", "coordinator", "processes", "process", "bias"}
     fields = {field.name for field in dataclasses.fields(TrainConfig)} - named.keys() - apart
     values = {name: changed(getattr(TrainConfig(), name)) for name in fields}
     config = TrainConfig(**named, **values)

@@ -67,6 +67,12 @@ def test_a_value_that_cannot_be_is_refused_by_name(values: dict, message: str):
         ({"device": "mps"}, "jax has no backend"),
         ({"device": "cuda:x"}, "expected auto, cpu, cuda, cuda:N or tpu"),
         ({"backend": "horovod"}, "expected 'nccl' or 'gloo'"),
+        ({"loss_chunk": -1}, "loss_chunk=-1 must be at least 0"),
+        ({"n_kv_head": 2}, "n_kv_head=2 has no effect on family=gpt2; leave it out"),
+        ({"sliding_window": 64, "init_from": "auto"}, "sliding_window=64 has no effect on"),
+        ({"bias": True, "family": "gpt_oss"}, "bias=True has no effect on family=gpt_oss"),
+        ({"cooldown_iters": 9}, "cooldown_iters=9 has no effect without lr_schedule=wsd"),
+        ({"profile_steps": 2, "max_iters": 9}, "profile_start=10 is beyond max_iters=9: nothing"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_not_ignored(values: dict, message: str):

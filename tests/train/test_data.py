@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pickle
 import shutil
@@ -7,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from train.data import DataError, open_dataset
+from core.tokenizer import Tokenizer
+from train.data import DataError, bytes_per_token, open_dataset
+from train.prepare import prepare
 
 DRAW: dict[str, Any] = {"seed": 3, "step": 7, "rows": 4, "length": 9}
 
@@ -336,3 +339,16 @@ def test_an_epoch_has_every_window_once_and_the_next_has_another_order(folder: P
 def _rewrite_meta(folder: Path, **changes: object) -> None:
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps(meta | changes))
+
+
+def test_bytes_of_a_token_are_those_of_its_text(tmp_path: Path):
+    """Two bytes of an e with an accent are one character; the end of a text is none."""
+    text = "flax é " * 99
+    prepare([text, text], tmp_path / "c", tokenizer=Tokenizer.characters(text), val_fraction=0.75)
+    characters = open_dataset(tmp_path / "c", block_size=4)
+    assert bytes_per_token(characters, "val") == pytest.approx(8 / 7, rel=1e-2)
+    prepare([text, text], tmp_path / "b", tokenizer=Tokenizer.utf8(), val_fraction=0.75)
+    by_bytes = open_dataset(tmp_path / "b", block_size=4)
+    count = len(by_bytes.tokens["val"])
+    assert bytes_per_token(by_bytes, "val") == (count - 1) / count
+    assert bytes_per_token(dataclasses.replace(characters, tokenizer=None), "val") is None

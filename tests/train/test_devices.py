@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,46 @@ def test_a_process_that_nobody_waits_for_says_so():
     config = TrainConfig(processes=2, process=1, coordinator=address, dist_timeout_s=1)
     with pytest.raises(preflight.TrainError, match=f"process 1 of 2: no meeting at .*{address}"):
         join(config)
+
+
+def test_process_0_says_who_did_not_come():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    config = TrainConfig(processes=4, process=0, coordinator=f"localhost:{port}", dist_timeout_s=1)
+
+    def come() -> None:
+        for said in (b"GET / HTTP/1.1\r\n", b"flaxmill process 2\n"):
+            while True:
+                try:
+                    caller = socket.create_connection(("localhost", port), timeout=1)
+                    break
+                except OSError:
+                    time.sleep(0.01)
+            caller.sendall(said)
+            callers.append(caller)
+
+    callers: list[socket.socket] = []
+    thread = threading.Thread(target=come)
+    thread.start()
+    begun = time.monotonic()
+    with pytest.raises(
+        preflight.TrainError, match=r"no meeting at .*=1: 2 processes \(1, 3\) did not come"
+    ):
+        join(config)
+    assert time.monotonic() - begun < 4
+    thread.join()
+    for caller in callers:
+        assert caller.recv(9) == b""  # nobody was told to go on
+        caller.close()
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.create_server(("", 0)) as other:
+        address = f"localhost:{other.getsockname()[1]}"
+        config = TrainConfig(processes=2, coordinator=address, dist_timeout_s=1)
+        with pytest.raises(preflight.TrainError, match="cannot listen there"):
+            join(config)
 
 
 def test_a_mesh_of_more_devices_than_there_are_is_refused():

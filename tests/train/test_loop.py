@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -70,13 +71,16 @@ def test_metrics_have_the_documented_keys(finished: train.Result):
     assert len(training) + len(evaluations) == len(rows)
     keys = {"iter", "train_loss", "lr", "grad_norm", "tokens_per_s", "mfu"}
     assert {frozenset(row) for row in training} == {frozenset(keys)}
-    assert {frozenset(row) for row in evaluations} == {
-        frozenset({"iter", "val_loss", "train_eval_loss"})
-    }
+    losses = {"val_loss", "train_eval_loss", "val_bits_per_byte"}
+    assert {frozenset(row) for row in evaluations} == {frozenset({"iter", "goodput"} | losses)}
     assert [row["iter"] for row in training] == list(range(41))
     assert [row["iter"] for row in evaluations] == [0, 10, 20, 30, 40]
     assert {row["mfu"] for row in training} == {None}  # nobody publishes a CPU's peak
     assert all(row["tokens_per_s"] > 0 for row in training)
+    shares = [row["goodput"] for row in evaluations]
+    assert shares[0] == 0 < min(shares[1:]) <= max(shares) < 1
+    for row in evaluations:  # a token is a character, and a character a byte but for a few
+        assert row["val_bits_per_byte"] == pytest.approx(row["val_loss"] / math.log(2), rel=5e-3)
 
 
 def test_out_dir_holds_what_architecture_promises(finished: train.Result, base_config: TrainConfig):
@@ -95,6 +99,22 @@ def test_the_last_two_checkpoints_and_the_best_are_kept(finished: train.Result):
     best = min(evaluations, key=evaluations.__getitem__)
     with Checkpoints(finished.out_dir / "checkpoints") as checkpoints:
         assert set(checkpoints.iterations()) == {40, 41, best}
+
+
+def test_the_best_is_kept_also_where_its_checkpoint_was_written_before_it_was_evaluated(
+    smallest: TrainConfig,
+):
+    """A run that ends, or is stopped, on an evaluation's iteration; going on, it evaluates there first."""
+    run(smallest, max_iters=3, eval_interval=4)
+    worse = {"learning_rate": 5.0, "decay_lr": False, "grad_clip": 0.0}
+    again = run(smallest, max_iters=12, eval_interval=4, keep_last=1, init_from="resume", **worse)
+    evaluations = {row["iter"]: row["val_loss"] for row in again.rows() if "val_loss" in row}
+    assert min(evaluations, key=evaluations.__getitem__) == 4
+    with Checkpoints(again.out_dir / "checkpoints") as checkpoints:
+        assert checkpoints.iterations() == [4, 13]
+        assert checkpoints.progress(13).best_iteration == 4
+    run(smallest, max_iters=16, eval_interval=4, keep_last=1, init_from="resume", **worse)
+    assert preflight.iterations(again.out_dir / "checkpoints") == [4, 17]
 
 
 def test_the_model_folder_has_the_best_weights_and_the_tokenizer(
@@ -232,12 +252,14 @@ def test_weights_that_a_new_run_would_remove_are_not_begun_from(
         ({"sliding_window": 64}, GptOssConfig()),
         ({"experts_per_token": 3}, GptOssConfig()),
         ({"family": "gpt_oss"}, GPT2Config()),
+        ({"n_expert": 4}, GPT2Config()),
+        ({"bias": True}, GptOssConfig()),
     ],
 )
 def test_what_only_experts_have_is_not_overridden_in_silence(changes: dict[str, Any], found: Any):
     ((key, value),) = changes.items()
-    with pytest.raises(train.TrainError, match=f"{key}={value} but the weights have"):
-        preflight.check_shape(TrainConfig(**changes), found, Path("model"))
+    with pytest.raises(train.TrainError, match=f"{key}={value} (but the weights|has no effect on)"):
+        preflight.check_shape(TrainConfig(**changes, init_from="model"), found, Path("model"))
     preflight.check_shape(TrainConfig(), found, Path("model"))
 
 
@@ -574,7 +596,7 @@ def test_twenty_saves_leave_no_memory_behind(tmp_path: Path):
     pages = []
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         for i in range(20):
-            checkpoints.save(i, state, progress, val_loss=None)
+            checkpoints.save(i, state, progress)
             pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
     assert pages[19] < 1.15 * pages[3]
 

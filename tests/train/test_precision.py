@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 
 import jax
@@ -86,7 +87,6 @@ def test_a_scale_that_would_be_infinite_stays():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_float16_run_reports_its_scale_and_resumes_to_the_same_bits(config, tmp_path):
     config = dataclasses.replace(
         config,
@@ -104,8 +104,33 @@ def test_a_float16_run_reports_its_scale_and_resumes_to_the_same_bits(config, tm
     assert training_runs.different_arrays(tmp_path / "whole", tmp_path / "halves") == []
     rows = [row for row in whole.rows() if "train_loss" in row]
     assert [row["loss_scale"] for row in rows[:2]] == [2.0**35, 2.0**34]
-    assert rows[0]["grad_norm"] is None
+    assert (rows[0]["grad_norm"], rows[0]["skipped"]) == (None, "overflow")
     assert math.isfinite(rows[-1]["grad_norm"])
+    assert "skipped" not in rows[-1]
+
+
+@pytest.mark.slow
+def test_metrics_of_a_forward_pass_that_overflows_are_json(smallest_config, tmp_path):
+    """The first update makes the weights too large for float16; their average, which is evaluated, is not."""
+    config = dataclasses.replace(
+        smallest_config,
+        out_dir=str(tmp_path / "out"),
+        dtype="float16",
+        loss_scale=256.0,
+        learning_rate=3e4,
+        decay_lr=False,
+        ema_decay=0.9999,
+    )
+    run(config, progress=False)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    skipped = [row for row in rows if row.get("skipped")]
+    assert [row["iter"] for row in skipped] == [1, 2, 3]
+    assert {(row["skipped"], row["train_loss"]) for row in skipped} == {("overflow", None)}
 
 
 @pytest.mark.parity

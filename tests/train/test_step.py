@@ -96,3 +96,22 @@ def test_an_update_reports_the_norm_before_clipping(params):
     state = step.initial_state(params, config)
     _, numbers = update(config)(state, tokens(4)[None], np.float32(0), None)
     assert numbers["grad_norm"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("asked", "batch", "expected"),
+    [
+        (1, 4, 1),
+        (7, 4, 7),  # which does not divide the 10
+        (10, 4, None),
+        (99, 4, None),
+        (0, 4, None),  # few logits: all at once
+        (0, 2**20, 4),  # 2**26 logits are 4.9 positions of so many rows
+        (0, 2**24, 1),
+    ],
+)
+def test_logits_of_so_many_positions_are_formed_at_a_time(
+    asked: int, batch: int, expected: int | None
+):
+    config = TrainConfig(loss_chunk=asked, batch_size=batch, block_size=P)
+    assert step.loss_chunk(config, MODEL) == expected

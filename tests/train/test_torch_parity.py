@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from core.config import GPT2Config
-from core.models import Compute, build
+from core.models import PLAIN, Compute, build
 from train import optimizer, step
 from train.config import TrainConfig
 from train.data import open_dataset
@@ -95,13 +95,13 @@ def our_curve(
     shape: GPT2Config,
     rate: Callable = optimizer.learning_rate,
     dtype: Any = np.float32,
-    remat: str = "none",
+    compute: Compute = PLAIN,
 ) -> Curve:
     with jax.enable_x64(False):  # in which the same weights are drawn
         params = build(shape).init(jax.random.key(7))
     params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, dtype)), params)
     state = step.initial_state(params, config)
-    model = dataclasses.replace(build(shape), compute=Compute(remat))
+    model = dataclasses.replace(build(shape), compute=compute)
     update = jax.jit(
         functools.partial(step.update, model=model, config=config, dtype=jnp.dtype(dtype))
     )
@@ -248,11 +248,21 @@ def test_in_float64_twenty_updates_are_nanogpts_to_thirteen_digits(dataset):
     assert passed(found, GATES_64) == set(GATES_64), found
 
 
-@pytest.mark.parametrize("remat", ["dots", "residual", "full"])
-def test_what_is_kept_for_the_backward_pass_changes_no_update(dataset, reference, remat: str):
+@pytest.mark.parametrize(
+    "compute",
+    [
+        Compute("dots"),
+        Compute("residual"),
+        Compute("full"),
+        Compute(scan_layers=True),
+        Compute("full", scan_layers=True),
+    ],
+    ids=str,
+)
+def test_how_it_is_computed_changes_no_update(dataset, reference, compute: Compute):
     config = config_for(bias=True, accumulation=1)
     shape = shape_for(config, dataset.vocab_size)
-    found = deviations(our_curve(dataset, config, shape, remat=remat), reference(True, 1))
+    found = deviations(our_curve(dataset, config, shape, compute=compute), reference(True, 1))
     assert passed(found) == set(GATES), found
 
 

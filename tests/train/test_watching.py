@@ -44,7 +44,9 @@ def watched(smallest_config: TrainConfig, recorders, tmp_path: Path) -> TrainCon
     )
 
 
-def test_everything_that_can_be_watched_is(watched: TrainConfig, recorders, tmp_path: Path):
+def test_everything_that_can_be_watched_is(
+    watched: TrainConfig, recorders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     train.run(watched, progress=False)
     wandb, board = recorders["wandb"], recorders["tensorboardX"]
     (start,) = wandb.calls("init")
@@ -61,9 +63,12 @@ def test_everything_that_can_be_watched_is(watched: TrainConfig, recorders, tmp_
     samples = [row["sample"] for row in rows if "sample" in row]
     assert len(samples) == 3
     assert all(len(text) == 5 for text in samples)
-    assert list((tmp_path / "out" / "profile").rglob("*.xplane.pb"))
+    assert len(list((tmp_path / "out" / "profile").rglob("*.xplane.pb"))) == 1
 
-    train.run(dataclasses.replace(watched, init_from="resume", max_iters=4), progress=False)
+    train.run(dataclasses.replace(watched, init_from="resume", max_iters=4))
+    # The iterations to trace are past: those that come are traced, and it is said.
+    assert len(list((tmp_path / "out" / "profile").rglob("*.xplane.pb"))) == 2
+    assert "profile_start=1 is past: iterations 4 and on are traced" in capsys.readouterr().err
     again = wandb.calls("init")[1]
     assert (again["id"], again["resume"]) == (start["id"], "allow")
     assert board.calls("SummaryWriter")[1]["purge_step"] == 4

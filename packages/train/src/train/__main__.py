@@ -72,6 +72,13 @@ def main() -> None:
         result = run(config)
     except OSError as error:
         raise preflight.TrainError(f"{config.out_dir}: {error}") from error
+    if config.process == 0:  # one of several that know the same
+        _tell(config, result)
+    if result.stopped_by is not None:
+        sys.exit(128 + result.stopped_by)
+
+
+def _tell(config: TrainConfig, result: Any) -> None:
     if config.dry_run:
         print(result.report)
     elif config.eval_only:
@@ -83,7 +90,6 @@ def main() -> None:
             f"{result.stopped_by.name}: stopped at iteration {result.iteration}, saved; "
             "continue with --config.init_from=auto\n"
         )
-        sys.exit(128 + result.stopped_by)
 
 
 def _read_config() -> TrainConfig:

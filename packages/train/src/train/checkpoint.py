@@ -6,7 +6,7 @@ background, all but the first, which is waited for. Kept are the last few, the b
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,25 +24,23 @@ class Progress:
 
     model: dict[str, Any]
     best_val_loss: float
+    best_iteration: int | None = None
     wandb_id: str | None = None
     choices: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The keys that decide what a state consists of."""
 
 
 class Checkpoints:
-    """The folder out_dir/checkpoints; leaving its context waits for the save under way."""
+    """The folder out_dir/checkpoints; leaving its context waits for the save under way.
+
+    `best` is the iteration whose checkpoint is kept for its validation loss: the loop says which, since a checkpoint
+    may be written before its iteration is evaluated, where a run stops there and goes on later.
+    """
 
     def __init__(self, folder: Path, *, keep_last: int = 2, keep_every: int = 0):
         policies: Any = ocp.training.preservation_policies
-        kept = [
-            policies.LatestN(keep_last),
-            policies.BestN(
-                get_metric_fn=lambda metrics: metrics["val_loss"],
-                reverse=True,  # ascending by default, and the last n are kept
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            ),
-        ]
+        self.best: int | None = None
+        kept = [policies.LatestN(keep_last), _Best(self)]
         if keep_every:
             kept.append(policies.EveryNSteps(keep_every))
         self.folder = folder.absolute()
@@ -68,9 +66,7 @@ class Checkpoints:
     def latest(self) -> int | None:
         return max(self.iterations(), default=None)
 
-    def save(
-        self, iteration: int, state: State, progress: Progress, *, val_loss: float | None
-    ) -> None:
+    def save(self, iteration: int, state: State, progress: Progress) -> None:
         """Starts writing a checkpoint; one of this iteration that is already there is kept as it is."""
         if iteration in {checkpoint.step for checkpoint in self._orbax.checkpoints}:
             return
@@ -78,7 +74,6 @@ class Checkpoints:
             iteration,
             _present(state),
             force=True,  # the loop decides when, not a save policy
-            metrics=None if val_loss is None else {"val_loss": val_loss},
             custom_metadata=dataclasses.asdict(progress),
         )
         if response is not None and self._none_yet.exists():
@@ -112,6 +107,16 @@ class Checkpoints:
             f"{self.path(iteration)}: not a checkpoint of this run that can be read "
             f"({type(error).__name__}: {str(error)[:200]}); remove it to {way_out}"
         )
+
+
+@dataclasses.dataclass
+class _Best:
+    """Orbax's protocol of what is kept: the checkpoint that `checkpoints` says is the best."""
+
+    checkpoints: Checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [checkpoint.step == self.checkpoints.best for checkpoint in checkpoints]
 
 
 @contextlib.contextmanager

@@ -22,13 +22,14 @@ def product_dtype(config: TrainConfig, platform: str) -> Any:
 def fitted(model: Model, config: TrainConfig, devices: Devices) -> Model:
     """Returns `model` as this run computes it."""
     attention = attention_for(config, model.config, devices.platform, devices.count)
-    return dataclasses.replace(model, compute=Compute(config.remat, attention))
+    return dataclasses.replace(model, compute=Compute(config.remat, attention, config.scan_layers))
 
 
 def described(model: Model, dtype: Any) -> str:
-    attention, remat = model.compute.attention, model.compute.remat
+    attention, remat, scan_layers = model.compute
     kept = "" if remat == "none" else f", remat {remat}"
-    return f"products in {jnp.dtype(dtype).name}, attention {attention}{kept}"
+    scanned = ", layers in a scan" if scan_layers else ""
+    return f"products in {jnp.dtype(dtype).name}, attention {attention}{kept}{scanned}"
 
 
 def attention_for(config: TrainConfig, shape: Config, platform: str, devices: int = 1) -> str:

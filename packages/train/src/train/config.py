@@ -103,6 +103,7 @@ class TrainConfig:
     loss_scale_interval: int = 2000  # and after how many good updates it doubles
     attention: str = "auto"  # auto | xla | cudnn | splash
     remat: str = "none"  # none | dots | residual | full: what a block keeps for its backward pass
+    scan_layers: bool = False  # one block is compiled and run L times: a deep model compiles as fast as a shallow one
     mesh: str = "data=-1"  # devices along data, fsdp, expert and tensor; -1 is what is left
     coordinator: str = ""  # HOST:PORT of process 0, if there are several
     processes: int = 1
@@ -226,6 +227,7 @@ def _problems(c: TrainConfig) -> Iterator[str]:
         yield f"n_embd={c.n_embd} is not divisible by n_head={c.n_head}"
     if c.family == "gpt_oss":
         yield from _gpt_oss_problems(c)
+    yield from _without_effect(c)
     if c.decay_lr and c.lr_decay_iters <= c.warmup_iters:
         yield f"lr_decay_iters={c.lr_decay_iters} must be greater than warmup_iters={c.warmup_iters}"
     if c.lr_schedule == "wsd" and not 0 < c.cooldown_iters <= c.lr_decay_iters - c.warmup_iters:
@@ -255,6 +257,30 @@ def _gpt_oss_problems(c: TrainConfig) -> Iterator[str]:
         yield f"n_embd / n_head = {c.n_embd // c.n_head} is odd; rotary positions need an even head"
     if c.experts_per_token > c.n_expert:
         yield f"experts_per_token={c.experts_per_token} is more than n_expert={c.n_expert}"
+
+
+def _without_effect(c: TrainConfig) -> Iterator[str]:
+    """Keys that were set, of which nothing would come."""
+    if c.init_from in ("scratch", "auto"):  # else the weights say which family they are
+        for name in keys_without_effect(c, c.family):
+            yield f"{name}={getattr(c, name)} has no effect on family={c.family}; leave it out"
+    if c.cooldown_iters and c.lr_schedule != "wsd":
+        yield f"cooldown_iters={c.cooldown_iters} has no effect without lr_schedule=wsd"
+    if c.profile_steps and c.profile_start > c.max_iters:
+        yield f"profile_start={c.profile_start} is beyond max_iters={c.max_iters}: nothing is traced"
+
+
+_ONLY_OF = {
+    "gpt2": ("bias",),
+    "gpt_oss": ("n_kv_head", "n_expert", "experts_per_token", "sliding_window"),
+}
+
+
+def keys_without_effect(c: TrainConfig, family: str) -> list[str]:
+    """Returns the keys that were set, to something else than their default, although only other families have them."""
+    default = {field.name: field.default for field in dataclasses.fields(c)}
+    others = [key for other, keys in _ONLY_OF.items() if other != family for key in keys]
+    return [key for key in others if getattr(c, key) != default[key]]
 
 
 def _not_honoured(c: TrainConfig) -> Iterator[str]:

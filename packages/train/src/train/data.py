@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from core.tokenizer import Tokenizer
+from core.tokenizer import Tokenizer, TokenizerError
 from train import token_files
 from train.meta import PICKLED_META_FILE, Meta, read_meta, read_pickled_characters
 from train.meta import DataError as DataError
@@ -75,6 +75,28 @@ class Dataset:
         batch_BS = self.tokens[split].take(starts[:, None] + np.arange(length))
         token_files.check_ids(batch_BS, self.vocab_size, self.path / f"{split}.bin")
         return batch_BS.astype(np.int32)
+
+
+def bytes_per_token(dataset: Dataset, split: str) -> float | None:
+    """Returns the mean bytes of text of a token of `split`, over the first SCANNED_TOKENS; the end of a text has none.
+
+    None where no tokenizer says what they are.
+    """
+    tokenizer, counts_V = dataset.tokenizer, np.zeros(dataset.vocab_size, np.int64)
+    if tokenizer is None:
+        return None
+    for _, ids in dataset.tokens[split].beginnings(SCANNED_TOKENS):
+        counts_V += np.bincount(ids, minlength=len(counts_V))
+    counts = {int(id_): int(counts_V[id_]) for id_ in np.flatnonzero(counts_V)}
+    try:
+        nbytes = sum(
+            count * len(tokenizer.token_bytes(id_))
+            for id_, count in counts.items()
+            if id_ != tokenizer.eos_id
+        )
+    except TokenizerError:  # ids that the model has and the tokenizer has not
+        return None
+    return nbytes / sum(counts.values()) or None
 
 
 def windows(count: int, length: int) -> int:

@@ -5,8 +5,6 @@ along fsdp, expert and tensor, by the letters of its axes; what the optimizer ke
 """
 
 import math
-import socket
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from core import sharding
 from core.config import Config
+from train import meeting
 from train.config import TrainConfig
 from train.preflight import TrainError
 
@@ -126,8 +125,7 @@ def join(config: TrainConfig) -> None:
     """
     if config.processes == 1:
         return
-    if config.process:
-        _wait_for_coordinator(config)
+    meeting.gather(config)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
@@ -138,29 +136,10 @@ def join(config: TrainConfig) -> None:
             heartbeat_timeout_seconds=config.dist_timeout_s,
         )
     except RuntimeError as error:
-        raise _no_meeting(config, str(error).splitlines()[0]) from error
-
-
-def _wait_for_coordinator(config: TrainConfig) -> None:
-    """Returns when process 0 listens; jax itself aborts the program if that takes too long, with a trace in C++."""
-    host, _, port = config.coordinator.rpartition(":")
-    end = time.monotonic() + config.dist_timeout_s
-    while True:
-        try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
-                return
-        except (OSError, UnicodeError) as error:
-            if time.monotonic() >= end:
-                raise _no_meeting(config, str(error)) from error
-        time.sleep(0.2)
-
-
-def _no_meeting(config: TrainConfig, why: str) -> TrainError:
-    return TrainError(
-        f"process {config.process} of {config.processes}: no meeting at coordinator="
-        f"{config.coordinator} within dist_timeout_s={config.dist_timeout_s}: "
-        f"{why}. Process 0 has to listen there, where the others reach it"
-    )
+        raise TrainError(
+            f"process {config.process} of {config.processes}: all met at coordinator="
+            f"{config.coordinator}, and jax did not: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def is_first_process() -> bool:

@@ -4,6 +4,7 @@ nanoGPT draws evaluation batches from the generator that also feeds training, so
 the data a run sees, and two evaluations differ by their samples as well as by their weights.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,9 +14,10 @@ import numpy as np
 from core.losses import loss
 from core.models import Model, Params
 from train.config import TrainConfig
-from train.data import Dataset, windows
+from train.data import Dataset, bytes_per_token, windows
 from train.step import loss_chunk, next_tokens
 
+LN_2 = math.log(2)
 Evaluate = Callable[[Params], dict[str, float]]
 
 
@@ -23,8 +25,10 @@ def evaluator(model: Model, config: TrainConfig, dataset: Dataset, dtype: Any) -
     """Returns a function from parameters to mean losses without dropout.
 
     They are over `eval_iters` batches of each split; with `eval_mode` "full" the validation loss is over every window
-    of its split once.
+    of its split once. "val_bits_per_byte" is that loss for a byte of text instead of a token, by which models of
+    different vocabularies can be compared; without a tokenizer in the data folder it is left out.
     """
+    length = bytes_per_token(dataset, "val")
 
     @jax.jit
     def loss_of(params: Params, tokens_BS: jax.Array) -> jax.Array:
@@ -44,13 +48,13 @@ def evaluator(model: Model, config: TrainConfig, dataset: Dataset, dtype: Any) -
         return total / rows
 
     def evaluate(params: Params) -> dict[str, float]:
-        full = config.eval_mode == "full"
-        return {
-            "val_loss": whole_loss(params)
-            if full
-            else mean_loss(params, _samples(config, dataset, "eval_val")),
-            "train_eval_loss": mean_loss(params, _samples(config, dataset, "eval_train")),
-        }
+        if config.eval_mode == "full":
+            val_loss = whole_loss(params)
+        else:
+            val_loss = mean_loss(params, _samples(config, dataset, "eval_val"))
+        train_loss = mean_loss(params, _samples(config, dataset, "eval_train"))
+        found = {"val_loss": val_loss, "train_eval_loss": train_loss}
+        return found if length is None else found | {"val_bits_per_byte": val_loss / LN_2 / length}
 
     return evaluate
 

@@ -12,6 +12,7 @@ import math
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,7 @@ from train.config import TrainConfig
 from train.data import Dataset
 from train.devices import Devices, any_process, is_first_process, join, open_devices, wait_for_all
 from train.evaluate import Evaluate, evaluator
-from train.metrics import MetricsLog, Throughput
+from train.metrics import Clock, MetricsLog, Throughput
 from train.origin import Origin, TrainError, begin
 from train.preflight import METRICS_FILE, RUN_FILES
 from train.profiler import Profiler
@@ -164,17 +165,20 @@ class _Trainer:
     best_val_loss: float = field(init=False)
     losses: dict[str, float] = field(init=False)
     profiler: Profiler = field(init=False)
+    clock: Clock = field(init=False, default_factory=Clock)
     pending: tuple[int, dict[str, jax.Array]] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.state, self.best_val_loss = self.origin.state, self.origin.best_val_loss
         evaluations = [row for row in metrics.read_rows(self.log.path) if "val_loss" in row]
         last = evaluations[-1] if evaluations else {}
-        self.losses = {name: loss for name, loss in last.items() if name != "iter"}
+        self.losses = {name: x for name, x in last.items() if name not in ("iter", "goodput")}
+        self.checkpoints.best = self.origin.progress.best_iteration
         self.profiler = Profiler(
             Path(self.config.out_dir) / "profile",
             self.config.profile_start,
             self.config.profile_steps,
+            first=self.origin.iteration,
         )
 
     @property
@@ -196,6 +200,11 @@ class _Trainer:
             f"an update is {c.gradient_accumulation_steps} x {c.batch_size} sequences of "
             f"{c.block_size} = {c.tokens_per_step:,} tokens; out_dir {c.out_dir}"
         )
+        if c.profile_steps and c.profile_start < self.origin.iteration:
+            self.terminal.say(
+                f"profile_start={c.profile_start} is past: iterations "
+                f"{self.origin.iteration} and on are traced"
+            )
         if not c.compile:
             self.terminal.say("operation by operation, without compiling: for debugging, and slow")
 
@@ -210,6 +219,7 @@ class _Trainer:
                 elif self.config.ckpt_interval and iteration % self.config.ckpt_interval == 0:
                     self.read_pending()
                     self.save(iteration)
+                    self.throughput.restart()
                 self.profiler.before(iteration, wait=self.read_pending)
                 self.advance(iteration)
             return self.end(max(first, last + 1))
@@ -232,10 +242,12 @@ class _Trainer:
             length=c.block_size + 1,
             order=c.data_order,
         )
+        start = time.perf_counter()
         tokens_ABS = self.devices.tokens(
             (c.gradient_accumulation_steps, c.batch_size, c.block_size + 1),
             lambda rows: read(chosen=rows),
         )
+        self.clock.reading += time.perf_counter() - start
         rate = np.float32(optimizer.learning_rate(c, iteration))
         key = jax.random.fold_in(self.dropout_key, iteration) if c.dropout else None
         self.state, numbers = self.update(self.state, tokens_ABS, rate, key)
@@ -249,28 +261,40 @@ class _Trainer:
         (iteration, numbers), self.pending = self.pending, None
         losses = {name: float(numbers[name]) for name in ("train_loss", "grad_norm")}
         speed = self.throughput.lap()
-        scale = float(numbers["loss_scale"]) if "loss_scale" in numbers else None
-        overflowed = scale is not None and scale >= 1 and not math.isfinite(losses["grad_norm"])
-        if overflowed:  # the update was left out; a scale below 1 is no longer to blame
-            self.terminal.say(f"iter {iteration}: skipped, the loss scale falls to {scale:g}")
-        else:
-            self.check_finite(iteration, losses, int(numbers["bad_leaf"]))
-        if not (overflowed or numbers["kept"]):
-            self.terminal.say(
-                f"iter {iteration}: skipped, the gradient's norm {losses['grad_norm']:.3g} is more "
-                f"than {self.config.skip_spikes:g} deviations above the last {guards.WINDOW}"
-            )
+        is_first = iteration == self.origin.iteration
+        self.clock.add("compiling" if is_first else "updates", self.throughput.seconds)
+        scale = {name: float(numbers[name]) for name in ("loss_scale",) if name in numbers}
+        skipped = self.why_skipped(iteration, losses, numbers, scale.get("loss_scale", 0.0))
         row = {
             "iter": iteration,
-            "train_loss": losses["train_loss"],
+            **{name: x if math.isfinite(x) else None for name, x in losses.items()},
             "lr": optimizer.learning_rate(self.config, iteration),
-            "grad_norm": None if overflowed else losses["grad_norm"],
-            **({} if scale is None else {"loss_scale": scale}),
+            **scale,
+            **({"skipped": skipped} if skipped else {}),
             **speed,
         }
         if iteration % self.config.log_interval == 0:
             self.record(row)
-        self.terminal.row({**row, "grad_norm": losses["grad_norm"]})
+        self.terminal.row({**row, **losses})
+
+    def why_skipped(
+        self, iteration: int, losses: dict[str, float], numbers: dict[str, jax.Array], scale: float
+    ) -> str:
+        """Tells why an update was left out, "" if it was made; stops the run if it went wrong.
+
+        A scale below 1 is no longer to blame for a gradient that overflows.
+        """
+        if scale >= 1 and not math.isfinite(losses["grad_norm"]):
+            self.terminal.say(f"iter {iteration}: skipped, the loss scale falls to {scale:g}")
+            return "overflow"
+        self.check_finite(iteration, losses, int(numbers["bad_leaf"]))
+        if numbers["kept"]:
+            return ""
+        self.terminal.say(
+            f"iter {iteration}: skipped, the gradient's norm {losses['grad_norm']:.3g} is more "
+            f"than {self.config.skip_spikes:g} deviations above the last {guards.WINDOW}"
+        )
+        return "spike"
 
     def record(self, row: dict[str, Any]) -> None:
         self.log.write(row)
@@ -279,20 +303,22 @@ class _Trainer:
     def look(self, iteration: int) -> None:
         """Evaluates; keeps the model if it is the best so far, and the state if that is to be kept."""
         self.read_pending()
-        losses = self.evaluate(self.weights)
+        with self.clock.during("evaluating"):
+            losses = self.evaluate(self.weights)
         self.check_finite(iteration, losses)
         self.losses = losses
         row = {"iter": iteration, **losses}
-        self.record(row)
+        self.record(row | {"goodput": self.clock.goodput()})
         self.terminal.row(row)
         if self.config.sample_tokens:
-            self.sample(iteration)
+            with self.clock.during("evaluating"):
+                self.sample(iteration)
         improved = losses["val_loss"] < self.best_val_loss
         if improved:
-            self.best_val_loss = losses["val_loss"]
+            self.best_val_loss, self.checkpoints.best = losses["val_loss"], iteration
             self.save_model(row)
         if iteration > 0 and (improved or self.config.always_save_checkpoint):
-            self.save(iteration, val_loss=losses["val_loss"])
+            self.save(iteration)
         self.throughput.restart()
 
     def sample(self, iteration: int) -> None:
@@ -304,27 +330,30 @@ class _Trainer:
         self.record({"iter": iteration, "sample": text})
         self.terminal.say(f"iter {iteration}: {self.config.sample_prompt + text!r}")
 
-    def save(self, iteration: int, *, val_loss: float | None = None) -> None:
+    def save(self, iteration: int) -> None:
         progress = dataclasses.replace(
             self.origin.progress,
             best_val_loss=self.best_val_loss,
+            best_iteration=self.checkpoints.best,
             wandb_id=self.trackers.run_id,
         )
-        self.checkpoints.save(iteration, self.state, progress, val_loss=val_loss)
+        with self.clock.during("saving"):
+            self.checkpoints.save(iteration, self.state, progress)
 
     def save_model(self, row: metrics.Row) -> None:
         """Writes the model folder, before the checkpoint of the same iteration: what is resumed from has its model."""
-        weights = self.devices.gathered(self.weights)
-        if not is_first_process():
-            return
-        model_folder.save(
-            Path(self.config.out_dir) / "model",
-            self.origin.model.config,
-            weights,
-            tokenizer=self.dataset.tokenizer,
-            source={"trained_on": str(self.dataset.path), **row},
-            overwrite=True,
-        )
+        with self.clock.during("saving"):
+            weights = self.devices.gathered(self.weights)
+            if not is_first_process():
+                return
+            model_folder.save(
+                Path(self.config.out_dir) / "model",
+                self.origin.model.config,
+                weights,
+                tokenizer=self.dataset.tokenizer,
+                source={"trained_on": str(self.dataset.path), **row},
+                overwrite=True,
+            )
 
     def check_finite(self, iteration: int, numbers: dict[str, float], bad_leaf: int = -1) -> None:
         bad = [f"{name} is {x}" for name, x in numbers.items() if not math.isfinite(x)]
@@ -350,6 +379,7 @@ class _Trainer:
         if iteration > self.origin.iteration:
             self.save(iteration)
         out_dir = Path(self.config.out_dir)
+        self.terminal.say(str(self.clock))
         if is_first_process():
             metrics.plot(metrics.read_rows(self.log.path), out_dir / "loss.png")
         return Result(out_dir, iteration, self.losses, self.best_val_loss, stopped_by)

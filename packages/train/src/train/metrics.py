@@ -1,8 +1,9 @@
 """What a run says about itself: rows of metrics.jsonl, throughput, and the loss curve."""
 
+import contextlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _line(row: Row) -> str:
-    return json.dumps(row) + "\n"
+    """A number that is not finite has no place in JSON: whoever writes a row says what it is."""
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
 def flops_per_token(model: Config, block_size: int) -> int:
@@ -94,11 +96,46 @@ def peak_flops(device_kind: str) -> float | None:
     return next((f for name, f in PEAK_FLOPS.items() if device_kind.startswith(name)), None)
 
 
+class Clock:
+    """Where the wall time of a run goes, in seconds: what is neither named nor in an update is "other"."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        names = "updates", "compiling", "evaluating", "saving"
+        self._spent: dict[str, float] = dict.fromkeys(names, 0.0)
+        self.reading = 0.0
+        """Batches, while the device computes: beside the others, not one of them."""
+
+    def add(self, name: str, seconds: float) -> None:
+        self._spent[name] += seconds
+
+    @contextlib.contextmanager
+    def during(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.add(name, time.perf_counter() - start)
+
+    def goodput(self) -> float:
+        """The share of the time so far that went into updates."""
+        return self._spent["updates"] / (time.perf_counter() - self._start)
+
+    def __str__(self) -> str:
+        total = time.perf_counter() - self._start
+        parts = self._spent | {"other": max(0.0, total - sum(self._spent.values()))}
+        told = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
+        return (
+            f"goodput {self.goodput():.1%} of {total:.1f} s: {told}; "
+            f"reading batches {self.reading:.1f} meanwhile"
+        )
+
+
 class Throughput:
     """A stopwatch for updates of a known size."""
 
     def __init__(self, tokens_per_step: int, flops_per_token: int, peak: float | None):
         self._tokens, self._flops, self._peak = tokens_per_step, flops_per_token, peak
+        self.seconds = 0.0
+        """Of the last lap."""
         self.restart()
 
     def restart(self) -> None:
@@ -108,8 +145,8 @@ class Throughput:
     def lap(self) -> dict[str, float | None]:
         """Ends a lap of one update; mfu is the share of the device's peak, None where that is unknown."""
         now = time.perf_counter()
-        tokens_per_s = self._tokens / (now - self._start)
-        self._start = now
+        self.seconds, self._start = now - self._start, now
+        tokens_per_s = self._tokens / self.seconds
         mfu = None if self._peak is None else tokens_per_s * self._flops / self._peak
         return {"tokens_per_s": tokens_per_s, "mfu": mfu}
 
@@ -121,7 +158,7 @@ def plot(rows: Iterable[Row], path: Path) -> None:
     rows = list(rows)
     axes = (figure := Figure(figsize=(8, 5), layout="tight")).subplots()
     for key, style in (("train_loss", "-"), ("train_eval_loss", ".--"), ("val_loss", "o-")):
-        points = [(row["iter"], row[key]) for row in rows if key in row]
+        points = [(row["iter"], row[key]) for row in rows if row.get(key) is not None]
         if points:
             faint = 0.4 if key == "train_loss" else 1.0
             axes.plot(*zip(*points, strict=True), style, label=key, alpha=faint)

@@ -10,7 +10,7 @@ from core.checkpoint import CheckpointError, ModelFolder
 from core.config import PRESETS, Config, GPT2Config, GptOssConfig
 from core.errors import FlaxmillError
 from core.tokenizer import Tokenizer
-from train.config import TrainConfig
+from train.config import TrainConfig, keys_without_effect
 from train.data import GPT2_VOCAB_SIZE, Dataset, open_dataset
 
 METRICS_FILE = "metrics.jsonl"
@@ -77,6 +77,10 @@ def check_shape(config: TrainConfig, found: Config, path: Path) -> None:
         f"{name}={getattr(config, name)} but the weights have {value}"
         for name, value in _shape(found).items()
         if getattr(config, name) not in (value, getattr(default, name))
+    ]
+    wrong += [
+        f"{name}={getattr(config, name)} has no effect on the weights' family, {found.family}"
+        for name in keys_without_effect(config, found.family)
     ]
     if wrong:
         raise TrainError(f"{path}: {'; '.join(wrong)}; set the same or leave the key out")

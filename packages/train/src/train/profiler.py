@@ -8,10 +8,14 @@ import jax
 
 
 class Profiler:
-    """Traces iterations `start` to `start` + `count` - 1; leaving its context ends a trace under way."""
+    """Traces iterations `start` to `start` + `count` - 1; leaving its context ends a trace under way.
 
-    def __init__(self, folder: Path, start: int, count: int):
-        self._folder, self._start, self._end = folder, start, start + count
+    A run that begins later, at `first`, is traced from there on: that is what whoever resumes it is looking at.
+    """
+
+    def __init__(self, folder: Path, start: int, count: int, *, first: int = 0):
+        self._folder, self._start = folder, max(start, first)
+        self._end = self._start + count
         self._is_on = False
 
     def __enter__(self) -> Self:

@@ -45,9 +45,11 @@ class Terminal:
     def row(self, row: Row) -> None:
         """Shows a row; training rows move the bar, or where there is none are written every ten seconds."""
         if "val_loss" in row:
+            bits = row.get("val_bits_per_byte")
             self.say(
                 f"iter {row['iter']}: val loss {row['val_loss']:.4f}, "
                 f"train loss {row['train_eval_loss']:.4f}"
+                f"{'' if bits is None else f', {bits:.4f} bits per byte'}"
             )
             return
         self._bar.update(row["iter"] + 1 - self._bar.n)
