@@ -142,7 +142,10 @@ def _decode(line: bytes) -> str:
 
 def _object(text: str) -> dict[str, Any]:
     try:
-        value = _DECODER.decode(text)
+        text = text.strip(" \t\r\n")
+        value, end = _DECODER.raw_decode(text)
+        if end < len(text):
+            _DECODER.decode(text)  # looks for white space at both ends, and raises
     except RecursionError:
         raise _Refused("bad_json", "the JSON is nested too deeply") from None
     except ValueError as error:
@@ -313,6 +316,8 @@ _KNOWN = {"id", "n", *PROMPTS, *_PARAMETERS}
 
 
 def _is_unicode(text: str) -> bool:
+    if text.isascii():
+        return True
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -347,28 +352,24 @@ def record(
       answers: what `core.harmony.answer` makes of each sample, for a model that answers in channels.
       truncated: how many tokens the prompt had and were not fed.
     """
-    samples = None
     if isinstance(result, RowError):
         said = _NOTHING | {"error": {"code": result.code, "message": result.message}}
     else:
-        samples = [
-            _sample(completion, answers[i] if answers else None)
-            for i, completion in enumerate(result)
-        ]
-        said = {
-            **samples[0],
-            "completion_tokens": sum([sample["completion_tokens"] for sample in samples]),
-            "prompt_tokens": len(result[0].prompt_tokens),
-            "truncated_tokens": truncated,
-            "samples": samples if len(samples) > 1 else None,
-            "error": None,
-        }
+        said = _sample(result[0], answers[0] if answers else None)
+        samples = None
+        if len(result) > 1:
+            samples = list(map(_sample, result, answers or [None] * len(result)))
+            said["completion_tokens"] = sum(sample["completion_tokens"] for sample in samples)
+        said["prompt_tokens"] = len(result[0].prompt_tokens)
+        said["truncated_tokens"] = truncated
+        said["samples"] = samples
+        said["error"] = None
     return {
         "schema_version": SCHEMA_VERSION,
         "id": source.key if row.id is None else row.id,
         "index": index,
         "source": source._asdict(),
-        "status": "error" if samples is None else "ok",
+        "status": "error" if isinstance(result, RowError) else "ok",
         **said,
         "seed": row.sampling.seed if isinstance(row, Prompt) else None,
         "model": dict(model),

@@ -324,13 +324,13 @@ class _Tally:
     def __init__(self) -> None:
         self.rows = self._truncated = self._prompt_tokens = self._completion_tokens = 0
         self._errors: Counter[str] = Counter()
-        self._ids: list[str] = []
+        self._ids: list[bytes] = []
 
     def add(self, row: Row, record: Mapping[str, Any]) -> None:
         self.rows += 1
         if row.content.id is not None:
             kind_and_id = f"{type(row.content.id).__name__} {row.content.id}"
-            self._ids.append(hashlib.blake2b(kind_and_id.encode(), digest_size=8).hexdigest())
+            self._ids.append(hashlib.blake2b(kind_and_id.encode(), digest_size=8).digest())
         if record["status"] == "error":
             self._errors[record["error"]["code"]] += 1
         else:
@@ -349,5 +349,5 @@ class _Tally:
             nbytes=part.nbytes,
             sha256=part.sha256,
             device=device,
-            ids="".join(self._ids),
+            ids=b"".join(self._ids).hex(),
         )
