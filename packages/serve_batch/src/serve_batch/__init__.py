@@ -6,11 +6,19 @@ manifest = serve_batch.run(model="models/gpt2", input="prompts/*.jsonl", output=
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from serve_batch.errors import JobError as JobError
+    from serve_batch.errors import UsageError as UsageError
+    from serve_batch.handler import JaxModelHandler as JaxModelHandler
     from serve_batch.job import run as run
-    from serve_batch.plan import JobError as JobError
-    from serve_batch.plan import UsageError as UsageError
+    from serve_batch.transforms import Generate as Generate
 
-_MODULE_OF = {"run": "job", "JobError": "plan", "UsageError": "plan"}
+_MODULE_OF = {
+    "run": "job",
+    "Generate": "transforms",
+    "JaxModelHandler": "handler",
+    "JobError": "errors",
+    "UsageError": "errors",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -84,8 +84,8 @@ class Portable(PortableRunner):
     ) -> JobServiceHandle:
         return _Handle(job_service, options)
 
-    def default_job_server(self, options: PipelineOptions) -> JobServer:
-        server = super().default_job_server(options)
+    def default_job_server(self, options: PipelineOptions) -> Any:
+        server: Any = super().default_job_server(options)
         # What Beam wraps it in takes over the process's signals.
         self._server = getattr(server, "_job_server", server)
         return self._server

@@ -1,0 +1,216 @@
+"""Several worker processes on one machine: the same bytes, and whoever dies, nothing is lost or left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import core
+import serve_batch
+from serve_batch import devices
+from serve_batch.errors import JobError, UsageError
+
+SAMPLED = core.Sampling(max_new_tokens=6, temperature=0.9, top_k=40, seed=3)
+FLAGS = ["--max_new_tokens=6", "--temperature=0.9", "--top_k=40", "--seed=3", "--slots=4"]
+
+
+@pytest.fixture
+def command(model: Path, tmp_path: Path) -> list[str]:
+    folders = [f"--model={model}", f"--input={tmp_path}/input/*", f"--output={tmp_path}/out"]
+    return [sys.executable, "-m", "serve_batch", *folders, *FLAGS]
+
+
+@pytest.fixture
+def write(write_jsonl: Callable[..., Path]) -> Callable[[int], Path]:
+    return lambda count: write_jsonl(
+        b"bad" if i % 50 == 7 else {"prompt": f"Prompt {i * 7919 % 1000}"} for i in range(count)
+    )
+
+
+def locally(model: Path, tmp_path: Path, output: str, **arguments) -> dict:
+    return serve_batch.run(
+        model=model,
+        input=tmp_path / "input" / "*",
+        output=tmp_path / output,
+        sampling=SAMPLED,
+        slots=4,
+        **arguments,
+    )
+
+
+def workers_of(launcher: int) -> list[int]:
+    """Returns the process ids of a launcher's workers."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(fields[1]) == launcher and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def wait_for(happened: Callable[[], object], limit_s: float = 100) -> None:
+    deadline = time.monotonic() + limit_s
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.slow
+def test_two_workers_write_what_one_writes(model, write, join_parts, tmp_path):
+    write(100)
+    two = locally(model, tmp_path, "two", workers=2, shard_size=8)
+    locally(model, tmp_path, "one", shard_size=30)
+    assert join_parts(tmp_path / "two") == join_parts(tmp_path / "one")
+    assert (two["rows"], two["errors"], two["shards_done"]) == (100, 2, 13)
+    assert workers_of(os.getpid()) == []
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_done_without(command, model, write, join_parts, tmp_path):
+    write(600)
+    out = tmp_path / "out"
+    with subprocess.Popen([*command, "--workers=2", "--shard_size=8"], stderr=-1) as job:
+        wait_for(lambda: len(list(out.glob("_receipts/*.json"))) >= 5)
+        first, second = workers_of(job.pid)
+        os.kill(first, signal.SIGKILL)
+        _, said = job.communicate(timeout=100)
+    assert job.returncode == 0, said.decode()
+    warning, summary = said.decode().splitlines()
+    assert "a worker process was killed by SIGKILL; 1 go on without it" in warning
+    assert "75 of 75 shards" in summary
+    assert not is_running(second)
+    assert not list(out.rglob("*.tmp.*"))
+    locally(model, tmp_path, "one")
+    assert join_parts(out) == join_parts(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_when_every_worker_is_killed_the_job_ends_and_can_go_on(
+    command, model, write, join_parts, tmp_path
+):
+    write(600)
+    out = tmp_path / "out"
+    with subprocess.Popen([*command, "--workers=2", "--shard_size=8"], stderr=-1) as job:
+        wait_for(lambda: len(list(out.glob("_receipts/*.json"))) >= 5)
+        for worker in workers_of(job.pid):
+            os.kill(worker, signal.SIGKILL)
+        killed = time.monotonic()
+        _, said = job.communicate(timeout=100)
+    assert time.monotonic() - killed < 10
+    assert job.returncode == 1
+    told = said.decode().splitlines()[-1]
+    assert "the last of the worker processes was killed by SIGKILL; finished shards are" in told
+    assert not list(out.rglob("*.tmp.*"))
+    again = locally(model, tmp_path, "out")
+    assert 0 < again["shards_done"] <= 70
+    locally(model, tmp_path, "one")
+    assert join_parts(out) == join_parts(tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_its_launcher(command, write, tmp_path, how):
+    write(600)
+    out = tmp_path / "out"
+    with subprocess.Popen([*command, "--workers=2", "--shard_size=8"], stderr=-1) as job:
+        wait_for(lambda: list(out.glob("_receipts/*.json")))
+        crew = workers_of(job.pid)
+        job.send_signal(how)
+        _, said = job.communicate(timeout=30)
+    assert len(crew) == 2
+    wait_for(lambda: not any(map(is_running, crew)), limit_s=10)
+    if how != signal.SIGKILL:
+        assert (said.decode(), job.returncode) == ("error: interrupted\n", 128 + how)
+        assert not (out / "_lock").exists()
+
+
+@pytest.mark.slow
+def test_what_a_worker_cannot_do_ends_the_job_with_the_reason(model, write, tmp_path):
+    write(40)
+    locally(model, tmp_path, "out", shard_size=8)
+    for receipt in (tmp_path / "out" / "_receipts").iterdir():
+        receipt.unlink()
+    path = tmp_path / "out" / "_plan.json"
+    plan = json.loads(path.read_bytes())
+    plan["shards"][3][2] += 1
+    path.write_text(json.dumps(plan))
+    with pytest.raises(JobError, match=r"^shard 3 failed: .* planned with 9 rows.*; finished sh"):
+        locally(model, tmp_path, "out", workers=2)
+    assert workers_of(os.getpid()) == []
+    assert not list((tmp_path / "out").rglob("*.tmp.*"))
+
+
+def test_more_workers_than_accelerators_are_refused(model, write, tmp_path, monkeypatch):
+    write(2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(UsageError, match="workers is 3; this machine has accelerators for 2"):
+        locally(model, tmp_path, "out", workers=3)
+
+
+def test_the_accelerators_are_those_that_are_seen(tmp_path, monkeypatch):
+    for name in ("nvidia0", "nvidia1", "nvidia10", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert devices.visible(tmp_path) == ["0", "1", "10"]
+    for given, seen in {"": [], "-1": [], "3,MIG-7": ["3", "MIG-7"]}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        assert devices.visible(tmp_path) == seen
+
+
+LEASE = """
+import os, sys
+from serve_batch import devices
+try:
+    devices.lease()
+    devices.lease()
+    print(os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
+except Exception as error:
+    print(error, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_each_process_leases_another_accelerator_until_it_dies(tmp_path):
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": "4,7"}
+    started: list[subprocess.Popen[str]] = []
+
+    def lease(one: str = "1") -> str:
+        process = subprocess.Popen(
+            [sys.executable, "-c", LEASE],
+            env=environment | {devices.ONE: one},
+            stdin=-1,
+            stdout=-1,
+            text=True,
+        )
+        started.append(process)
+        assert process.stdout is not None
+        return process.stdout.readline().strip()
+
+    try:
+        assert [lease(), lease()] == ["4", "7"]
+        assert lease().startswith("all 2 accelerators of this machine are held by other workers")
+        assert lease("0") == "4,7"
+        started[0].kill()
+        started[0].wait(10)
+        assert lease() == "4"
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
