@@ -431,14 +431,22 @@ def to_line(record: Mapping[str, Any]) -> bytes:
     return _one_line(
         f'{{"schema_version": {r["schema_version"]}, "id": {_spelled(r["id"])}, "index": {r["index"]}, '
         f'"source": {{"file": {_quoted(source["file"])}, "offset": {source["offset"]}, "line": {source["line"]}}}, '
-        f'"status": "{r["status"]}", "text": {_spelled(r["text"])}, "channels": {_spelled(r["channels"])}, '
-        f'"tool_calls": {_spelled(r["tool_calls"])}, "token_ids": {_ids(r["token_ids"])}, '
-        f'"finish_reason": "{r["finish_reason"]}", "logprobs": {_spelled(r["logprobs"])}, '
-        f'"completion_tokens": {_spelled(r["completion_tokens"])}, "prompt_tokens": {_spelled(r["prompt_tokens"])}, '
-        f'"truncated_tokens": {_spelled(r["truncated_tokens"])}, "samples": {_spelled(r["samples"])}, '
-        f'"error": {_spelled(r["error"])}, "seed": {_spelled(r["seed"])}, '
+        f'"status": "{r["status"]}", {_said(r)}, "seed": {_spelled(r["seed"])}, '
         f'"model": {_model(**r["model"])}, "input": {_spelled(r["input"])}}}\n'
     ).encode()
+
+
+def _said(r: Mapping[str, Any]) -> str:
+    """Returns what lies between a record's status and its seed."""
+    if r["status"] == "error":
+        return _ENCODER.encode({name: r[name] for name in (*_NOTHING, "error")})[1:-1]
+    return (
+        f'"text": {_quoted(r["text"])}, "channels": {_spelled(r["channels"])}, '
+        f'"tool_calls": {_spelled(r["tool_calls"])}, "token_ids": {r["token_ids"]}, '
+        f'"finish_reason": "{r["finish_reason"]}", "logprobs": {_spelled(r["logprobs"])}, '
+        f'"completion_tokens": {r["completion_tokens"]}, "prompt_tokens": {r["prompt_tokens"]}, '
+        f'"truncated_tokens": {r["truncated_tokens"]}, "samples": {_spelled(r["samples"])}, "error": null'
+    )
 
 
 def _spelled(value: Any) -> str:
@@ -446,10 +454,6 @@ def _spelled(value: Any) -> str:
         return "null"
     kind = type(value)
     return _quoted(value) if kind is str else str(value) if kind is int else _ENCODER.encode(value)
-
-
-def _ids(ids: list[int] | None) -> str:
-    return "null" if ids is None else str(ids)
 
 
 @functools.lru_cache(maxsize=8)

@@ -227,18 +227,22 @@ def _complete(
     """Yields each row with what became of it and how many tokens of its prompt were left out, in order."""
     samples: list[Completion | RequestError | RowError] = []
     unsaid: list[Outcome] = []
+    reports = work.job.reports_progress
     for (row, count, truncated), result in work.engine.complete(_requests(rows, work)):
-        if not isinstance(result, Kept):
+        outcome: Outcome | Kept
+        if isinstance(result, Kept):
+            outcome = result
+        else:
             samples.append(result)
             if len(samples) < count:
                 continue
-        outcome = result if isinstance(result, Kept) else _outcome(row.content, samples)
-        samples = []
-        if work.job.reports_progress:
+            outcome = _outcome(row.content, samples)
+            samples = []
+        if reports:
             unsaid.append([] if isinstance(outcome, Kept) else outcome)
-        if len(unsaid) == REPORTED_ROWS:
-            _report(work.job.output.progress_file, unsaid)
-            unsaid.clear()
+            if len(unsaid) == REPORTED_ROWS:
+                _report(work.job.output.progress_file, unsaid)
+                unsaid.clear()
         yield row, outcome, truncated
     if unsaid:
         _report(work.job.output.progress_file, unsaid)
