@@ -78,6 +78,41 @@ def test_requests_are_taken_as_they_are_needed(host: EngineHost):
     assert len(list(host.complete(requests(0, 5)))) == 5
 
 
+def test_lengths_that_differ_much_leave_no_slot_free(host: EngineHost):
+    """64 rows a slot, one in eight of them long, and results in order: who waits for the longest is not in the way."""
+    lengths = [50 if i * 7 % 8 == 3 else 3 for i in range(64 * 4)]
+    given = [
+        (i, core.Request(f"Prompt {i}", core.Sampling(max_new_tokens=n, ignore_eos=True)))
+        for i, n in enumerate(lengths)
+    ]
+    before = host._engine.counters.steps
+    assert [i for i, _ in host.complete(given)] == list(range(256))
+    assert sum(lengths) / 4 / (host._engine.counters.steps - before) >= 0.95
+
+
+def test_who_called_first_is_served_first_and_others_get_what_is_left(host: EngineHost):
+    first, second = host.call(), host.call()
+    for call in (second, first):
+        for i, request in requests(0, 40):
+            call.ask(i, request)
+    for _ in range(40):
+        first.take()
+    # What had a slot or the next one when the first came, and what was let in at his end.
+    assert second.results.qsize() <= 20
+    assert sorted(i for i, _ in (second.take() for _ in range(40))) == list(range(40))
+
+
+def test_whoever_asks_again_is_told_again(host: EngineHost):
+    call = host.call()
+    for i, request in requests(0, 40):
+        call.ask(i, request)
+    host.close()
+    for _ in range(2):
+        with pytest.raises(JobError, match="closed"):
+            while True:
+                call.take()
+
+
 def test_when_the_model_is_closed_all_who_wait_are_told_and_all_who_come(host: EngineHost):
     results = host.complete(requests(0, 400))
     next(results)

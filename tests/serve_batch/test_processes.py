@@ -165,10 +165,10 @@ def test_more_workers_than_accelerators_are_refused(model, write, tmp_path, monk
 
 
 def test_the_accelerators_are_those_that_are_seen(tmp_path, monkeypatch):
-    for name in ("nvidia0", "nvidia1", "nvidia10", "nvidiactl", "nvidia-uvm"):
+    for name in ("nvidia10", "nvidia2", "nvidia0", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert devices.visible(tmp_path) == ["0", "1", "10"]
+    assert devices.visible(tmp_path) == ["0", "2", "10"]
     for given, seen in {"": [], "-1": [], "3,MIG-7": ["3", "MIG-7"]}.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
         assert devices.visible(tmp_path) == seen

@@ -147,6 +147,11 @@ def test_a_prompt_may_be_a_text_and_draws_by_what_it_asks(run, model):
     again = run(serve_batch.Generate(model, sampling=SAMPLED, slots=4), ["mill", "The flax"])
     assert {tuple(record["token_ids"]) for record in again} == set(by_tokens)
     assert len(set(by_tokens)) == 2
+    drawn = run(
+        serve_batch.Generate(model, sampling=SAMPLED, slots=4),
+        [{"prompt": "The flax", "turn": 1}, {"prompt": "The flax", "turn": 2}],
+    )
+    assert drawn[0]["token_ids"] != drawn[1]["token_ids"]
     assert all(record["id"] is None and "index" not in record for record in one)
 
 
