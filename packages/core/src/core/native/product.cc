@@ -381,7 +381,7 @@ __attribute__((noinline)) void columns_block(const Task<A>& task, Ahead& ahead) 
 template <class A>
 void columns(const typename A::X* x, const typename A::Weight* w, float* y, const Shape& s, int64_t o, int64_t n, int64_t next) {
   constexpr int64_t size = sizeof(*w);
-  const int64_t height = s.R < kFewRows ? 8 : 64;
+  const int64_t height = s.R < kFewRows ? 16 : 64;
   for (int64_t begin = 0; begin < s.I; begin += height) {
     const int64_t end = std::min(begin + height, s.I);
     const bool last = end == s.I;
@@ -468,10 +468,10 @@ template <class A>
 void multiply(ffi::ThreadPool& pool, const typename A::X* x, ffi::AnyBuffer matrix, float* y, const Shape& s, int64_t axis,
               const Units* units = nullptr) {
   const auto* w = static_cast<const typename A::Weight*>(matrix.untyped_data());
-  // Outputs at a time: 1.5 or 3 KB of each row of an [I, O] matrix, 64 KB of whole rows of an [O, I] one.
+  // Outputs at a time: 1.5 or 12 KB of each row of an [I, O] matrix, 64 KB of whole rows of an [O, I] one.
   if constexpr (A::kWidth > 0)
     if (axis == 0)
-      return cut(pool, s.O, A::kWidth, (s.R < kFewRows ? 3072 : 1536) / (A::kWidth * sizeof(*w)), [&](int64_t o, int64_t n, int64_t next) {
+      return cut(pool, s.O, A::kWidth, (s.R < kFewRows ? 12288 : 1536) / (A::kWidth * sizeof(*w)), [&](int64_t o, int64_t n, int64_t next) {
         columns<A>(x, w, y, s, o, n, next);
       });
   cut(pool, s.O, A::kOutputs, 65536 / (A::kOutputs * s.I * sizeof(*w) + 1), [&](int64_t o, int64_t n, int64_t next) {
