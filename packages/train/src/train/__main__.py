@@ -1,5 +1,10 @@
 """`python -m train --config=configs/FILE.py [--config.KEY=VALUE ...]`: flags to a TrainConfig, and one call."""
 
+from train import pages
+
+if __name__ == "__main__":
+    pages.start_again_with_huge()  # before all that takes time to import
+
 import json
 import os
 import re

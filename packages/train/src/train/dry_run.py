@@ -1,6 +1,5 @@
 """What a run would be and take: shapes only, nothing is computed and nothing written."""
 
-import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from core import config as config_lib
 from core.config import Config
 from core.models import build
-from train import compute, metrics, step
+from train import compute, metrics, program, step
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.devices import Devices
@@ -27,9 +26,8 @@ def report(config: TrainConfig, plan: Plan, devices: Devices) -> str:
     key = jax.eval_shape(jax.random.key, 0)
     state = devices.like(shape, lambda k: step.initial_state(model.init(k), config), key)
     windows = config.gradient_accumulation_steps, config.batch_size, config.block_size + 1
-    update = jax.jit(
-        functools.partial(step.update, model=model, config=config, dtype=dtype), donate_argnums=0
-    ).lower(
+    update: Any = program.update(model=model, config=config, dtype=dtype, platform=devices.platform)
+    lowered = update.lower(
         state,
         jax.ShapeDtypeStruct(windows, np.int32, sharding=devices.batch),
         jax.ShapeDtypeStruct((), np.float32),
@@ -46,7 +44,7 @@ def report(config: TrainConfig, plan: Plan, devices: Devices) -> str:
             f"{config.block_size} = {config.tokens_per_step:,} tokens, {flops:.3g} operations"
         ),
         "state": f"{_nbytes(state.params)} of parameters, {_nbytes(state)} with the optimizer's",
-        "memory": _memory(update.compile()),
+        "memory": _memory(lowered.compile()),
         "time": _time(config, devices, flops),
     }
     return "\n".join(f"{name:<8}{text}" for name, text in lines.items())

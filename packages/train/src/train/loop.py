@@ -33,6 +33,7 @@ from train import (
     metrics,
     optimizer,
     preflight,
+    program,
     samples,
     step,
 )
@@ -124,9 +125,11 @@ def run(config: TrainConfig, *, progress: bool = True) -> Result:
             origin=origin,
             dropout_key=dropout_key,
             evaluate=evaluate,
-            update=jax.jit(
-                functools.partial(step.update, model=model, config=config, dtype=dtype),
-                donate_argnums=0,
+            update=program.update(
+                model=model,
+                config=config,
+                dtype=dtype,
+                platform=devices.platform,
                 out_shardings=(devices.shardings(model.config, origin.state), devices.whole),
             ),
             checkpoints=checkpoints or stack.enter_context(open_checkpoints()),

@@ -1,0 +1,71 @@
+"""How an update runs on a CPU: what is compiled, and in which pages."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tiny
+from core.models import build
+from train import pages, program, step
+from train.config import TrainConfig
+
+MADVISE = "always [madvise] never"
+
+
+def test_no_moment_is_copied_before_it_is_overwritten_and_no_bit_is_another():
+    model = build(tiny.config(n_layer=1))
+    params = tiny.params(model)
+    config = TrainConfig(batch_size=2, block_size=7)
+    tokens = tiny.tokens(model.config, 1, 2, 8)
+    given = {"model": model, "config": config, "dtype": jnp.dtype(jnp.float32)}
+    plain = jax.jit(functools.partial(step.update, **given), donate_argnums=0)
+    states = []
+    for update in (plain, program.update(**given, platform="cpu")):
+        state = step.initial_state(jax.tree.map(jnp.copy, params), config)
+        compiled = update.lower(state, tokens, np.float32(1e-3), None).compile()
+        copies = re.findall(r"copy\(%state\S*[mn]u", compiled.as_text())
+        for _ in range(3):
+            state, _ = compiled(state, tokens, np.float32(1e-3), None)
+        states.append((len(copies), state))
+    (some, expected), (none, found) = states
+    assert none == 0 < some
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "mode", "expected"),
+    [
+        ({}, MADVISE, "glibc.malloc.hugetlb=1"),
+        ({"GLIBC_TUNABLES": "a=2"}, MADVISE, "a=2:glibc.malloc.hugetlb=1"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, MADVISE, None),
+        ({}, "[always] madvise never", None),
+        ({}, "always madvise [never]", None),
+        ({}, "", None),
+    ],
+)
+def test_huge_pages_are_asked_for_where_that_changes_anything(
+    given: dict[str, str], mode: str, expected: str | None
+):
+    assert pages.wanted(given, mode) == expected
+
+
+def test_the_program_that_starts_again_is_the_same_program():
+    code = (
+        "import os, sys, train.pages as p\n"
+        "p._mode = lambda: 'always [madvise] never'\n"
+        "p.start_again_with_huge()\n"
+        "print(os.getpid(), os.environ['GLIBC_TUNABLES'], sys.argv[1:])\n"
+    )
+    given = [sys.executable, "-P", "-c", code, "--a=b c", "d"]
+    environment = {key: x for key, x in os.environ.items() if key != "GLIBC_TUNABLES"}
+    process = subprocess.Popen(given, stdout=subprocess.PIPE, text=True, env=environment)
+    said = process.communicate()[0]
+    assert said == f"{process.pid} glibc.malloc.hugetlb=1 ['--a=b c', 'd']\n"
+    assert process.returncode == 0
