@@ -23,10 +23,11 @@ from serve_batch import inputs, shards, stores
 from serve_batch import plan as plan_lib
 from serve_batch.errors import JobError, UsageError
 from serve_batch.plan import Plan
-from serve_batch.records import Prompt, RowError
+from serve_batch.records import Conversation, Prompt, RowError
 from serve_batch.shards import Row
 
 DEFAULTS = Sampling()
+CHECKED = {"write_page_checksum": True, "write_statistics": False}
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "gz": gzip.compress,
     "bz2": bz2.compress,
@@ -160,9 +161,12 @@ def test_a_row_of_parquet_is_the_row_of_json_with_the_same_fields(tmp_path, writ
 
 def test_conversations_lose_the_nulls_that_parquet_had_to_write(write_table):
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes", "name": "b"}]
-    (row,) = rows_of(plan_of(write_table(pa.Table.from_pylist([{"messages": talk}]))))
+    tools = [{"name": "f", "strict": True}, {"name": "g", "parameters": {"type": "object"}}]
+    (row,) = rows_of(
+        plan_of(write_table(pa.Table.from_pylist([{"messages": talk, "tools": tools}])))
+    )
     assert isinstance(row.content, Prompt)
-    assert row.content.prompt.messages == talk  # pyright: ignore[reportAttributeAccessIssue]
+    assert row.content.prompt == Conversation(talk, tools)
 
 
 def test_types_that_json_has_not_are_spelled_out(write_table):
@@ -229,12 +233,19 @@ def test_a_parquet_file_is_read_by_rows_wherever_its_groups_end(write_table):
 
 def test_parquet_files_that_cannot_be_used_are_found_at_planning(tmp_path, write_table):
     prompts = [f"{i * 7919}" for i in range(5000)]
-    path = write_table({"prompt": prompts}, write_page_checksum=True)
+    path = write_table({"prompt": prompts}, compression="none", use_dictionary=False, **CHECKED)
+    plain = path.read_bytes()
+    path = write_table({"prompt": prompts}, **CHECKED)
     whole = path.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    five_thousand, one_more = b"\x90\x4e", b"\x92\x4e"  # as Thrift spells them
+    assert five_thousand in whole[footer:]
     half = len(whole) // 3
     for content in (
         b"PAR1",
         b"no Parquet at all",
+        plain.replace(b"15838000", b"15838001"),
+        whole[:footer] + whole[footer:].replace(five_thousand, one_more, 1),
         whole[:-9],
         whole[:half] + bytes(255 - byte for byte in whole[half : half + 99]) + whole[half + 99 :],
     ):

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from serve_batch import records
-from serve_batch.errors import JobError
 from serve_batch.records import RowError
 
 _BATCH_ROWS = 256
@@ -50,7 +49,7 @@ class Rows:
             yield np.arange(rows + 1, rows + batch.num_rows + 1)
             rows += batch.num_rows
         if rows != self._parquet.metadata.num_rows:
-            raise JobError(
+            raise ValueError(
                 f"its footer says {self._parquet.metadata.num_rows} rows, there are {rows}"
             )
 
@@ -67,10 +66,12 @@ class Rows:
     def _check_columns(self) -> None:
         twice = sorted({name for name in self._names if self._names.count(name) > 1})
         if twice:
-            raise JobError(f"it has two columns {twice[0]!r}; rename one")
+            raise ValueError(f"it has two columns {twice[0]!r}; rename one")
         if not set(records.PROMPTS).intersection(self._names):
             wanted = ", ".join(records.PROMPTS)
-            raise JobError(f"it has none of the columns {wanted}; it has {', '.join(self._names)}")
+            raise ValueError(
+                f"it has none of the columns {wanted}; it has {', '.join(self._names)}"
+            )
 
     def _go_to(self, start: int) -> None:
         metadata = self._parquet.metadata
