@@ -9,16 +9,17 @@ import hashlib
 import os
 import socket
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from core import Completion, Request, RequestError, Sampling
-from serve_batch import devices, host, inputs, parts, records, stores
+from serve_batch import asking, devices, host, inputs, parts, records, stores
 from serve_batch import plan as plan_lib
+from serve_batch.asking import Outcome
 from serve_batch.output import OutputFolder, Receipt
 from serve_batch.plan import JobError, Plan, Shard
-from serve_batch.records import Conversation, LongPrompts, Prompt, RowError, Source
+from serve_batch.records import LongPrompts, Prompt, RowError, Source
 
 REPORTED_ROWS = 64
 """Rows between two words of progress."""
@@ -202,7 +203,7 @@ def _write(
                     index=row.number,
                     source=row.source,
                     model=model,
-                    answers=_answers(row, outcome, work),
+                    answers=asking.answers(row.content, outcome, work.engine),
                     truncated=truncated,
                 )
                 kept = part.write(record)
@@ -215,10 +216,6 @@ def _write(
             "modified while the job ran; start again with --overwrite"
         )
     return _Written(tally.receipt(shard, work.device, part), failed)
-
-
-Outcome = list[Completion] | RowError
-"""A completion a sample, or why there is none."""
 
 
 def _complete(
@@ -236,7 +233,7 @@ def _complete(
             samples.append(result)
             if len(samples) < count:
                 continue
-            outcome = _outcome(row.content, samples)
+            outcome = asking.outcome(row.content, samples)
             samples = []
         if reports:
             unsaid.append([] if isinstance(outcome, Kept) else outcome)
@@ -263,52 +260,17 @@ def _requests(
         if isinstance(content, RowError):
             yield (row, 1, 0), content
             continue
+        key = row.source.key if content.id is None else str(content.id)
+        now, long_prompts = work.plan.now, work.job.long_prompts
         try:
-            prompt, truncated = _prompt(content, work)
+            samples, truncated = asking.requests(
+                content, key, work.engine, now=now, long_prompts=long_prompts
+            )
         except RequestError as error:
             yield (row, 1, 0), error
             continue
-        key = row.source.key if content.id is None else str(content.id)
-        for sample in range(content.n):
-            # The first draws what the row would draw alone.
-            id_ = f"{key}#{sample}" if sample else key
-            yield (row, content.n, truncated), Request(prompt, content.sampling, id=id_)
-
-
-def _prompt(content: Prompt, work: Work) -> tuple[str | Sequence[int], int]:
-    """Returns what to feed, and how many tokens of it are left out."""
-    prompt = content.prompt
-    if isinstance(prompt, Conversation):
-        prompt = work.engine.encode(prompt, work.plan.now)
-    if work.job.long_prompts == "error":
-        return prompt, 0
-    new_tokens = content.sampling.max_new_tokens
-    return work.engine.cut(prompt, new_tokens=new_tokens, policy=work.job.long_prompts)
-
-
-def _answers(row: Row, result: Outcome, work: Work) -> list[Mapping[str, Any]] | None:
-    """Returns what `core.harmony.answer` says of a chat model's completions; None for any other."""
-    if isinstance(row.content, RowError) or isinstance(result, RowError):
-        return None
-    if not isinstance(row.content.prompt, Conversation):
-        return None
-    stop = row.content.sampling.stop
-    answers = [work.engine.answer(completion, stop) for completion in result]
-    return [answer for answer in answers if answer is not None] or None
-
-
-def _outcome(
-    row: Prompt | RowError, samples: Sequence[Completion | RequestError | RowError]
-) -> Outcome:
-    """Returns the samples; where one of them failed, that is what became of the row."""
-    completions: list[Completion] = []
-    for sample in samples:
-        if isinstance(sample, RowError):
-            return sample
-        if isinstance(sample, RequestError):
-            return RowError(code=sample.code, message=str(sample), id=row.id, input=row.input)
-        completions.append(sample)
-    return completions
+        for request in samples:
+            yield (row, content.n, truncated), request
 
 
 def _report(path: Path, results: list[Outcome]) -> None:

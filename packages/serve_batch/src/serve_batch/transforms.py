@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import core
-from serve_batch import host, plan, records, runners
-from serve_batch.records import Conversation, LongPrompts, Prompt, RowError, Source
+from serve_batch import asking, host, plan, records, runners
+from serve_batch.records import LongPrompts, Prompt, RowError, Source
 
 with runners.quiet():
     import apache_beam as beam
@@ -70,6 +70,10 @@ class Serving:
             date=datetime.date.today().isoformat(),
         )
 
+    @property
+    def now(self) -> datetime.datetime:
+        return datetime.datetime.fromisoformat(self.date)
+
     def engine(self) -> host.EngineHost:
         """Returns the process's engine, loaded if it is not there.
 
@@ -103,14 +107,14 @@ class Row:
         content = _content(element, serving.sampling)
         if isinstance(content, RowError):
             return cls(content, [])
-        try:
-            prompt, truncated = _prompt(content, serving, engine)
-        except core.RequestError as error:
-            return cls(_refused(content, error), [])
         # A collection has no order, so a row that brings no id is known by what it asks.
         key = _digest(element) if content.id is None else str(content.id)
-        ids = (f"{key}#{sample}" if sample else key for sample in range(content.n))
-        requests = [core.Request(prompt, content.sampling, id=id_) for id_ in ids]
+        try:
+            requests, truncated = asking.requests(
+                content, key, engine, now=serving.now, long_prompts=serving.long_prompts
+            )
+        except core.RequestError as error:
+            return cls(asking.refused(content, error), [])
         return cls(content, requests, truncated)
 
     @property
@@ -119,39 +123,20 @@ class Row:
 
     def record(self, serving: Serving, engine: host.EngineHost) -> dict[str, Any]:
         """Returns the record of a row that is done: that of a job of files, without a place in a file."""
-        outcome = self._outcome()
+        samples = [result for _, result in sorted(self.results.items())]
+        content = self.content
+        outcome = content if isinstance(content, RowError) else asking.outcome(content, samples)
         record = records.record(
-            self.content,
+            content,
             outcome,
             index=0,
             source=Source("", 0, 0),
             model={"name": serving.model.name, "revision": serving.revision[:16]},
-            answers=self._answers(outcome, engine),
+            answers=asking.answers(content, outcome, engine),
             truncated=self.truncated,
         )
         del record["index"], record["source"]
-        return record | {"id": self.content.id}
-
-    def _outcome(self) -> list[core.Completion] | RowError:
-        if isinstance(self.content, RowError):
-            return self.content
-        completions = []
-        for _, result in sorted(self.results.items()):
-            if isinstance(result, core.RequestError):
-                return _refused(self.content, result)
-            completions.append(result)
-        return completions
-
-    def _answers(
-        self, outcome: list[core.Completion] | RowError, engine: host.EngineHost
-    ) -> list[Mapping[str, Any]] | None:
-        content = self.content
-        if isinstance(content, RowError) or isinstance(outcome, RowError):
-            return None
-        if not isinstance(content.prompt, Conversation):
-            return None
-        answers = [engine.answer(completion, content.sampling.stop) for completion in outcome]
-        return [answer for answer in answers if answer is not None] or None
+        return record | {"id": content.id}
 
 
 def _content(element: Any, sampling: core.Sampling) -> Prompt | RowError:
@@ -161,20 +146,6 @@ def _content(element: Any, sampling: core.Sampling) -> Prompt | RowError:
         return records.from_fields(dict(element), sampling)
     what = type(element).__name__
     return RowError(code="not_an_object", message=f"expected a str or a dict, found {what}")
-
-
-def _prompt(content: Prompt, serving: Serving, engine: host.EngineHost) -> tuple[Any, int]:
-    """Returns what to feed, and how many tokens of it are left out."""
-    prompt, policy = content.prompt, serving.long_prompts
-    if isinstance(prompt, Conversation):
-        prompt = engine.encode(prompt, datetime.datetime.fromisoformat(serving.date))
-    if policy == "error":
-        return prompt, 0
-    return engine.cut(prompt, new_tokens=content.sampling.max_new_tokens, policy=policy)
-
-
-def _refused(content: Prompt, error: core.RequestError) -> RowError:
-    return RowError(code=error.code, message=str(error), id=content.id, input=content.input)
 
 
 def _digest(element: Any) -> str:
