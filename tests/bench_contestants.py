@@ -7,7 +7,7 @@ from bench import shapes, workloads
 from bench.peers.contestants import Contestant
 
 KINDS: frozenset[workloads.Kind] = frozenset(
-    {"forward", "prefill", "decode", "serve", "train", "open", "load", "convert"}
+    {"forward", "prefill", "decode", "serve", "batch", "train", "open", "load", "convert"}
 )
 TINY = shapes.Shape(
     name="tiny", n_layer=2, n_head=3, n_embd=24, n_positions=40, vocab_size=61, activation="gelu"
@@ -31,6 +31,7 @@ def workload(kind: workloads.Kind, *, rounds: int = 3, **sizes: Any) -> workload
         "prefill": (1, 11, 1),
         "decode": (3, 9, 5),
         "serve": (2, 6, 5),
+        "batch": (2, 6, 5),
         "train": (4, 13, 0),
         "open": (1, 5, 0),
         "load": (1, 1, 0),
@@ -40,7 +41,7 @@ def workload(kind: workloads.Kind, *, rounds: int = 3, **sizes: Any) -> workload
         "import": (1, 1, 0),
         "giant": (1, 11, 4),
     }[kind]
-    sizes = {"requests": 5 if kind == "serve" else 0} | sizes
+    sizes = {"requests": 5 if kind in ("serve", "batch") else 0} | sizes
     sizes = {"batch": batch, "length": length, "new_tokens": new_tokens, "shape": TINY} | sizes
     return workloads.Workload(name=f"{kind}-tiny", kind=kind, rounds=rounds, **sizes)
 

@@ -1,5 +1,6 @@
 """Conversions and openings in processes of their own: what they take, and that what is wrong with them is told."""
 
+import dataclasses
 import shutil
 import sys
 
@@ -9,8 +10,17 @@ from bench import driver, gate, machine, shapes, weights
 from bench.driver import Shared
 from bench.gate import MemoryLimit, Threshold
 from bench.peers import contestants, jobs, memory
-from bench.peers.contestants import OURS, Contestant
-from bench_contestants import BURDENED, COPIER, KINDS, TINY, TINY_GPT_OSS, program, workload
+from bench.peers.contestants import ENGINE, OURS, Contestant
+from bench_contestants import (
+    BURDENED,
+    COPIER,
+    KINDS,
+    TINY,
+    TINY_GPT_OSS,
+    program,
+    sleeper,
+    workload,
+)
 
 
 def ours() -> Contestant:
@@ -205,6 +215,27 @@ def test_the_giant_needs_memory_for_its_pages_and_disk_for_two_copies(field, mon
     usage = usage._replace(free=50 * 10**9)
     monkeypatch.setattr(machine, "free_memory_bytes", lambda: 16 * 10**9)
     assert field(ours()).obstacle(work) == "needs 16.8 GB of memory, 16.0 GB free"
+
+
+def test_what_everyone_computes_with_has_to_fit_into_memory_together(field, monkeypatch):
+    work = workload("forward", shape=shapes.GPT2_XL)
+    usage = shutil.disk_usage("/")._replace(free=60 * 10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: 12 * 10**9)
+    assert field(ours(), sleeper("a", 0)).obstacle(work) == "needs 12.4 GB of memory, 12.0 GB free"
+    assert field(ours()).obstacle(work) == ""
+    train = dataclasses.replace(work, kind="train")
+    assert field(ours()).obstacle(train) == "needs 24.9 GB of memory, 12.0 GB free"
+
+
+@pytest.mark.slow
+def test_a_job_is_measured_beside_its_engine_and_tells_how_full_its_slots_were(field):
+    alone = Contestant(name=ENGINE, kinds=KINDS, command=(*ours().command[:-1], "engine"))
+    rows = measured(field(ours(), alone), workload("batch", requests=9, rounds=1))
+    assert [(row.status, row.reason) for row in rows.values()] == [("measured", "")] * 2
+    assert rows[ENGINE].difference == 0
+    for row in rows.values():
+        assert 0.5 < row.facts["slot_utilisation"] <= 1
 
 
 def test_a_model_that_does_not_fit_in_memory_is_a_reason(monkeypatch):

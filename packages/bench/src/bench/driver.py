@@ -23,7 +23,7 @@ from bench.workloads import OWN_PROCESS, Kind, Workload
 
 Status = Literal["measured", "wrong", "failed", "not run"]
 
-COMPUTES: frozenset[Kind] = frozenset({"forward", "prefill", "decode", "serve", "train"})
+COMPUTES: frozenset[Kind] = frozenset({"forward", "prefill", "decode", "serve", "batch", "train"})
 JUDGED_ROWS = 8  # of those whose tokens are not the reference's
 
 TURN_S = 0.3  # long enough that the clock and the first cold call weigh nothing
@@ -169,19 +169,24 @@ class Field:
             needed += workload.source_bytes
         if workload.kind == "convert" or not (place / "flaxmill").exists():
             needed += written
-        if workload.kind == "giant" and not (place / "gguf").exists():
+        if workload.kind in COMPUTES | {"giant"} and not (place / "gguf").exists():
             needed += workload.source_bytes
         self._weights.mkdir(parents=True, exist_ok=True)
         free = min(shutil.disk_usage(path).free for path in (self._weights, self._scratch))
         if free < needed:
             return f"needs {needed / 1e9:.1f} GB of the disk, {free / 1e9:.1f} GB free"
         if workload.kind == "giant":
-            return _short_of_memory(workload)
+            return _short_of_memory(workload.source_bytes + GIANT_SPARE_BYTES)
+        if workload.kind in COMPUTES:  # all have it in memory until the last turn
+            copies = sum(not c.obstacle(workload) for c in entrants(self, workload))
+            each = workload.shape.weight_bytes(10**6, workload.precision)
+            # In training: gradients and two moments.
+            return _short_of_memory(copies * each * (4 if workload.kind == "train" else 1))
         return ""
 
 
-def _short_of_memory(workload: Workload) -> str:
-    needed, free = workload.source_bytes + GIANT_SPARE_BYTES, machine.free_memory_bytes()
+def _short_of_memory(needed: float) -> str:
+    free = machine.free_memory_bytes()
     if free >= needed:
         return ""
     return f"needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB free"

@@ -10,6 +10,8 @@ from typing import Any
 
 import psutil
 
+from core import memory
+
 BUSY = 0.1  # above this share of all cores, figures say more about the neighbours than about us
 
 
@@ -30,8 +32,8 @@ def describe() -> dict[str, Any]:
 
 
 def free_memory_bytes() -> int:
-    """Returns what processes can still have, the page cache given up."""
-    return psutil.virtual_memory().available
+    """Returns what processes can still have, the page cache given up, within the limits of a container."""
+    return memory.free_on_host()
 
 
 class Neighbours:

@@ -16,6 +16,7 @@ Kind = Literal[
     "prefill",
     "decode",
     "serve",
+    "batch",
     "train",
     "open",
     "start",
@@ -51,15 +52,16 @@ class Phase:
 class Workload:
     """One thing to be timed: `batch` sequences of `length` tokens, and `new_tokens` more of each in decoding.
 
-    forward: logits of every position, without a cache. prefill: the time to the first token. decode: a whole call of
-    the generation loop, prompt included, greedy. serve: `requests` requests of heavy-tailed lengths, whose mean is
-    `length` and `new_tokens`, through `batch` slots. train: loss, gradients, clipping and an AdamW step. open: from a
-    checkpoint on disk (in the page cache) to the first logits, with code that is compiled already. start: a command
-    that continues a prompt, from its start to its end. compile: the first call of a forward pass in a new process,
-    with what an earlier one has left of its compilation (`is_cached`) or nothing. import: a process that only imports.
-    load: opening alone, in a process of its own. convert: from a Hugging Face checkpoint to files that one can open, in
-    a process of its own, with the `experts` of a GPT-OSS as they are ("keep") or unpacked ("bfloat16"). giant: a model
-    that fits into memory once only is opened, given a prompt and continued, in a process of its own.
+    forward: logits of every position, without a cache. prefill: the time to the first token. decode: a whole call
+    of the generation loop, prompt included, greedy. serve: `requests` requests of heavy-tailed lengths, whose mean
+    is `length` and `new_tokens`, through `batch` slots. batch: the same as a job of `serve_batch`, from a file of
+    prompts to files of completions. train: loss, gradients, clipping and an AdamW step. open: from a checkpoint on
+    disk (in the page cache) to the first logits, with code that is compiled already. start: a command that
+    continues a prompt, from its start to its end. compile: the first call of a forward pass in a new process, with
+    what an earlier one has left of its compilation (`is_cached`) or nothing. import: a process that only imports.
+    load: opening alone, in a process of its own. convert: from a Hugging Face checkpoint to files that one can
+    open, in a process of its own, with the `experts` of a GPT-OSS as they are ("keep") or unpacked ("bfloat16").
+    giant: a model that fits into memory once only is opened, given a prompt and continued, in a process of its own.
 
     `without` names contestants that are left out to save time, which a suite may do.
     """
@@ -85,7 +87,13 @@ class Workload:
 
     @property
     def unit(self) -> str:
-        rates = {"decode": "tokens/s", "serve": "tokens/s", "giant": "tokens/s", "convert": "GB/s"}
+        rates = {
+            "decode": "tokens/s",
+            "serve": "tokens/s",
+            "batch": "tokens/s",
+            "giant": "tokens/s",
+            "convert": "GB/s",
+        }
         return rates.get(self.kind, "s" if self.kind in ("start", "compile", "import") else "ms")
 
     @property
@@ -131,6 +139,8 @@ class Workload:
             "decode": f"greedy generation, batch {self.batch}, prompt {self.length}, {self.new_tokens} new tokens",
             "serve": f"{self.requests} requests of heavy-tailed lengths through {self.batch} slots, "
             f"prompt {self.length} and {self.new_tokens} new tokens in the mean",
+            "batch": f"a job of serve_batch, from a file of {self.requests} prompts of heavy-tailed lengths to their "
+            f"completions, {self.batch} slots, prompt {self.length} and {self.new_tokens} new tokens in the mean",
             "train": f"loss, gradients, clipping and AdamW, {tokens}",
             "open": f"from the checkpoint on disk, cached by the system, to the first logits, {tokens}",
             "start": f"a command that continues {self.length} tokens by {self.new_tokens}, compiled before",
@@ -209,7 +219,7 @@ class Workload:
         return [prompt for prompt, _ in self.served()] if self.requests else self.tokens()
 
     def served(self, *, is_even: bool = False) -> list[tuple[list[int], int]]:
-        """The requests of "serve": each one's prompt, and how many tokens it is to be continued by.
+        """The requests of "serve" and "batch": each one's prompt, and how many tokens it is to be continued by.
 
         Lengths are log-normal, cut at four times the mean, and add up to what they would with the mean in all of them,
         which they have with `is_even`.
@@ -252,7 +262,12 @@ def _suffix(precision: Precision) -> str:
 
 
 def _forward(
-    shape: Shape, length: int, precision: Precision = "float32", *, without: tuple[str, ...] = ()
+    shape: Shape,
+    length: int,
+    precision: Precision = "float32",
+    *,
+    rounds: int = 7,
+    without: tuple[str, ...] = (),
 ) -> Workload:
     return Workload(
         name=f"forward-{shape.name}-t{length}{_suffix(precision)}",
@@ -260,6 +275,7 @@ def _forward(
         shape=shape,
         precision=precision,
         length=length,
+        rounds=rounds,
         without=without,
     )
 
@@ -321,13 +337,26 @@ def _serve(
     )
 
 
+def _batch(shape: Shape, slots: int, requests: int, *, rounds: int = 5) -> Workload:
+    served = _serve(shape, slots, requests, rounds=rounds)
+    name = served.name.replace("serve", "batch")
+    return dataclasses.replace(served, name=name, kind="batch")
+
+
 def _train(
-    shape: Shape, batch: int, length: int, *, rounds: int = 7, without: tuple[str, ...] = ()
+    shape: Shape,
+    batch: int,
+    length: int,
+    precision: Precision = "float32",
+    *,
+    rounds: int = 7,
+    without: tuple[str, ...] = (),
 ) -> Workload:
     return Workload(
-        name=f"train-{shape.name}-{batch}x{length}",
+        name=f"train-{shape.name}-{batch}x{length}{_suffix(precision)}",
         kind="train",
         shape=shape,
+        precision=precision,
         batch=batch,
         length=length,
         rounds=rounds,
@@ -392,6 +421,7 @@ CI = (
     _forward(GPT2_3M, 128, without=(TORCH_COMPILE,)),
     _decode(GPT2_3M, 8, new_tokens=32, without=(COMPILED, CTRANSLATE)),
     _serve(GPT2_3M, 8, 128, rounds=3, without=(GENERATE,)),
+    _batch(GPT2_3M, 8, 256, rounds=3),
     _train(NANOGPT_CPU, 12, 64, without=(TORCH_COMPILE,)),
     _prefill(GPT2_124M, 512, without=(LLAMA, CTRANSLATE)),
     _decode(GPT2_124M, 1, new_tokens=32, without=(COMPILED, CTRANSLATE)),
@@ -413,7 +443,8 @@ FULL = (
     *(_forward(GPT2_3M, length, p) for length in (10, 64, 128) for p in _FLOATS),
     *(_decode(GPT2_3M, batch, p) for batch in (1, 8, 32, 64) for p in _PRECISIONS),
     _serve(GPT2_3M, 8, 512),
-    _train(NANOGPT_CPU, 12, 64),
+    _batch(GPT2_3M, 8, 1024),
+    *(_train(NANOGPT_CPU, 12, 64, p) for p in _FLOATS),
     _train(GPT2_3M, 8, 128),
     _open(GPT2_3M),
     *(_forward(GPT2_124M, length, p) for length in (10, 64, 512, 1024) for p in _FLOATS),
@@ -425,7 +456,8 @@ FULL = (
     ),
     # Batches that wait for their longest row would take ten minutes.
     _serve(GPT2_124M, 8, 64, rounds=2, without=(GENERATE,)),
-    _train(GPT2_124M, 4, 256, rounds=5),
+    _batch(GPT2_124M, 8, 64, rounds=2),
+    *(_train(GPT2_124M, 4, 256, p, rounds=5) for p in _FLOATS),
     _start(GPT2_124M),
     _compile(GPT2_124M, is_cached=False),
     _compile(GPT2_124M, is_cached=True),
@@ -437,6 +469,10 @@ FULL = (
     _convert(GPT2_XL),
     _load(GPT2_XL),
     _open(GPT2_XL),
+    *(_forward(GPT2_XL, length, p, rounds=3) for length in (64, 512) for p in _FLOATS),
+    # Not everyone at once: each has the weights in its memory.
+    *(_decode(GPT2_XL, 1, p, rounds=3, without=(COMPILED, CTRANSLATE)) for p in _PRECISIONS),
+    *(_decode(GPT2_XL, 8, p, rounds=3, without=(COMPILED, CTRANSLATE)) for p in _PRECISIONS),
     _convert(shapes.GPT_OSS_CUT),
     _convert(shapes.GPT_OSS_CUT, experts="bfloat16"),
     _convert(shapes.GPT_OSS_20B_8, experts="bfloat16"),

@@ -22,6 +22,7 @@ import core
 from core import decode, harmony
 from core.chat import Chat
 from core.chat import missing as template_missing
+from core.engine import Counters
 from serve_batch import plan
 from serve_batch.plan import JobError
 from serve_batch.records import Conversation, LongPrompts
@@ -94,6 +95,10 @@ class EngineHost:
     def room(self) -> int:
         """How many requests of one caller wait or run, so that no slot stands free for want of them."""
         return self._engine.slots * WAITING_PER_SLOT
+
+    @property
+    def counters(self) -> Counters:
+        return self._engine.counters
 
     def close(self) -> None:
         """Lets go of the model; who waits, or comes later, is told."""
@@ -337,6 +342,11 @@ def shared(
             host = EngineHost(model, slots=slots, precision=precision, top_logprobs=top_logprobs)
             _current = (wanted, host)
         return _current[1]
+
+
+def counters() -> Counters | None:
+    """Returns what the engine of this process has done so far; None where there is none."""
+    return None if _current is None else _current[1].counters
 
 
 def check_code(expected: str) -> None:

@@ -18,7 +18,7 @@ from bench.peers.process import BENCH, command
 from bench.shapes import GptOssShape
 from bench.workloads import Workload
 
-OURS, STATIC_BATCH = "flaxmill", "flaxmill, equal lengths"
+OURS, STATIC_BATCH, ENGINE = "flaxmill", "flaxmill, equal lengths", "flaxmill, engine alone"
 EVERYTHING: frozenset[workloads.Kind] = frozenset(get_args(workloads.Kind))
 PEERS_PYTHON = "FLAXMILL_PEERS_PYTHON"
 
@@ -62,8 +62,9 @@ def contestants(*, device: str, threads: int) -> tuple[Contestant, ...]:
         )
 
     return (
-        _ours(OURS, "engine", *EVERYTHING),
+        _ours(OURS, "doors", *EVERYTHING),
         _ours(STATIC_BATCH, "static", "serve"),
+        _ours(ENGINE, "engine", "batch"),
         torch("torch eager", "eager", "forward", "train", "open", "import"),
         torch(workloads.TORCH_COMPILE, "compile", "forward", "train", "compile"),
         torch(workloads.GENERATE, "eager", "prefill", "decode", "serve", "start"),

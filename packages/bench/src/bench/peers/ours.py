@@ -1,6 +1,7 @@
 """flaxmill, through the doors that its users take: `core.load`, `model.apply`, `Engine.complete`, `train.step`.
 
-python -m bench.peers.ours engine                     the contestant; `static` serves requests of equal lengths only
+python -m bench.peers.ours doors                      the contestant; `static` serves requests of equal lengths only,
+                                                      `engine` serves what a job has without the job
 python -m bench.peers.ours first FOLDER TOKENS        a process that tells how long its first forward pass takes
 python -m bench.peers.ours giant FOLDER WORKLOAD      a process that opens a large model, reads a prompt, goes on
 """
@@ -8,6 +9,7 @@ python -m bench.peers.ours giant FOLDER WORKLOAD      a process that opens a lar
 import functools
 import importlib.metadata
 import json
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -20,20 +22,23 @@ import numpy as np
 
 import convert
 import core
+import core.engine
+import serve_batch
 from bench import machine, shapes
 from bench.peers import jobs, process, protocol
 from bench.workloads import Precision, Workload
-from train import step
+from serve_batch import host
+from train import program, step
 from train.config import TrainConfig
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class Flaxmill:
-    """`is_even`: requests of equal lengths take the place of those of heavy-tailed ones."""
+    """`is_even`: requests of equal lengths take the place of those of heavy-tailed ones. `is_engine`: without jobs."""
 
-    def __init__(self, *, is_even: bool = False) -> None:
-        self.is_even = is_even
+    def __init__(self, *, is_even: bool = False, is_engine: bool = False) -> None:
+        self.is_even, self.is_engine = is_even, is_engine
 
     def hello(self) -> dict[str, Any]:
         names = ("flaxmill-core", "jax", "flax")
@@ -86,6 +91,8 @@ class Flaxmill:
                 return Generate(workload, folder)
             case "serve":
                 return Serve(workload, folder, is_even=self.is_even)
+            case "batch":
+                return Alone(workload, folder) if self.is_engine else Job(workload, folder)
             case "train":
                 return Train(workload, folder)
             case "open":
@@ -208,11 +215,58 @@ class Serve(Generate):
 
     def outputs(self) -> Mapping[str, Any]:
         rows = super().outputs()["tokens"]
-        did = self.engine.counters  # of one call
-        # A request's first token is drawn when it comes into its slot, before the next step.
-        used = (did.tokens - len(rows)) / (did.steps * self.engine.slots)
-        told = {"counts": [sum(map(len, rows))], "facts": {"slot_utilisation": used}}
+        told = _served(rows, self.engine.counters, self.engine.slots)  # of one call
         return told if self.is_even else {**told, "tokens": rows}
+
+
+def _served(rows: list[list[int]], did: core.engine.Counters, slots: int) -> dict[str, Any]:
+    # A request's first token is drawn when it comes into its slot, before the next step.
+    used = (did.tokens - len(rows)) / (did.steps * slots)
+    return {"counts": [sum(map(len, rows))], "facts": {"slot_utilisation": used}}
+
+
+class Alone(Serve):
+    """What the engine of a job does without it: all requests at hand, a list of tokens for each in the end."""
+
+    def __init__(self, workload: Workload, folder: Path) -> None:
+        super().__init__(workload, folder, is_even=False)
+        self.engine = core.Engine(*core.load(folder), slots=workload.batch)
+
+
+class Job:
+    """A batch job from its file of prompts to its manifest, in this process; its model stays open between calls."""
+
+    def __init__(self, workload: Workload, folder: Path) -> None:
+        self.folder, self.slots = folder, workload.batch
+        self.input, self.output = Path.cwd() / "prompts.jsonl", Path.cwd() / "completions"
+        with self.input.open("w") as file:
+            for prompt, new in workload.served():
+                print(json.dumps({"token_ids": prompt, "max_new_tokens": new}), file=file)
+
+    def call(self) -> None:
+        shutil.rmtree(self.output, ignore_errors=True)
+        manifest = serve_batch.run(
+            model=self.folder,
+            input=self.input,
+            output=self.output,
+            sampling=core.Sampling(temperature=0, ignore_eos=True),
+            slots=self.slots,
+        )
+        if manifest["errors"]:
+            raise RuntimeError(f"rows that were not served: {manifest['errors_by_code']}")
+
+    def outputs(self) -> Mapping[str, Any]:
+        rows = [
+            json.loads(line)["token_ids"]
+            for part in sorted(self.output.glob("part-*.jsonl"))
+            for line in part.read_text().splitlines()
+        ]
+        did = host.counters()  # of one call
+        assert did is not None
+        return {**_served(rows, did, self.slots), "tokens": rows}
+
+    def judge(self, rows: list[list[list[int]]]) -> list[float]:
+        return _shortfalls(self.folder, rows)
 
 
 def _shortfalls(folder: Path, rows: list[list[list[int]]]) -> list[float]:
@@ -240,8 +294,9 @@ class Train:
             gradient_accumulation_steps=1,
             learning_rate=1e-3,
         )
-        update = functools.partial(step.update, model=model, config=config, dtype=jnp.float32)
-        self.update = jax.jit(update, donate_argnames="state")
+        dtype = jnp.dtype(workload.precision)  # of the products; parameters are float32
+        platform = jax.default_backend()
+        self.update = program.update(model=model, config=config, dtype=dtype, platform=platform)
         self.learning_rate = np.float32(config.learning_rate)
         self.tokens_ABS = jnp.asarray([workload.tokens()], jnp.int32)
         # Copies, because the update gives its state away and mapped files must not be given away.
@@ -317,11 +372,11 @@ def _giant(folder: str, workload: str) -> None:
     print(json.dumps(told), file=answers, flush=True)
 
 
-def main(mode: str = "engine", *arguments: str) -> None:
+def main(mode: str = "doors", *arguments: str) -> None:
     match mode:
         case "first":
             _first(*arguments)
         case "giant":
             _giant(*arguments)
         case _:
-            protocol.serve(Flaxmill(is_even=mode == "static"))
+            protocol.serve(Flaxmill(is_even=mode == "static", is_engine=mode == "engine"))
