@@ -1,5 +1,6 @@
 """Several worker processes on one machine: the same bytes, and whoever dies, nothing is lost or left behind."""
 
+import collections
 import json
 import os
 import signal
@@ -8,12 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 import core
 import serve_batch
-from serve_batch import devices
+from serve_batch import devices, processes
 from serve_batch.errors import JobError, UsageError
 
 SAMPLED = core.Sampling(max_new_tokens=6, temperature=0.9, top_k=40, seed=3)
@@ -155,6 +157,20 @@ def test_what_a_worker_cannot_do_ends_the_job_with_the_reason(model, write, tmp_
         locally(model, tmp_path, "out", workers=2)
     assert workers_of(os.getpid()) == []
     assert not list((tmp_path / "out").rglob("*.tmp.*"))
+
+
+def test_a_shard_that_costs_a_second_worker_is_held_to_be_the_cause():
+    """A worker is a process, here one that is given no job that it could do, and has shards to lose."""
+    todo, deaths = collections.deque([9]), collections.Counter()
+    for left in (2, 1):
+        worker: Any = processes._Worker(cast(Any, "no job"))
+        worker.shards = [4, 5]
+        if left == 2:
+            processes._give_back(worker, todo, deaths, left=left)
+            assert list(todo) == [4, 5, 9]
+        else:
+            with pytest.raises(JobError, match="shard 4 or 5 may be the cause"):
+                processes._give_back(worker, todo, deaths, left=left)
 
 
 def test_more_workers_than_accelerators_are_refused(model, write, tmp_path, monkeypatch):

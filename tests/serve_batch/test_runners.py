@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
+import core
 import serve_batch
 from serve_batch import runners
 from serve_batch.errors import JobError, UsageError
+from serve_batch.output import OutputFolder
+from serve_batch.shards import Job
 
 POOL = ["--environment_type=EXTERNAL", "--environment_config=localhost:1"]
 
@@ -120,6 +123,16 @@ def test_a_runner_that_cannot_be_used_has_touched_nothing(model, write_jsonl, tm
     assert not (tmp_path / "out").exists()
 
 
+def test_a_worker_that_does_not_see_the_output_folder_says_so(model, tmp_path):
+    """As on a node that does not share the launcher's file system."""
+    nowhere = OutputFolder(tmp_path / "elsewhere")
+    job = Job(
+        model=model, output=nowhere, sampling=core.Sampling(), slots=4, reports_progress=False
+    )
+    with pytest.raises(JobError, match=r"no plan in .*elsewhere for a worker on .*: workers use"):
+        job.start()
+
+
 def test_an_option_that_no_job_server_has_is_named(model, write_jsonl, tmp_path):
     """Beam's own job service, in this process, describes its options as the others do."""
     write_jsonl([{"prompt": "a"}])
@@ -133,8 +146,6 @@ def test_workers_in_this_process_do_not_print(
     model, write_jsonl, tmp_path, capfd, monkeypatch, join_parts
 ):
     """`--job_endpoint=embed` is the portable protocol without a server: job service, gRPC, a worker in a thread."""
-    import core
-
     write_jsonl([{"prompt": f"Prompt {i}"} for i in range(20)])
     paths: dict[str, Any] = {"model": model, "input": tmp_path / "input" / "*", "slots": 4}
     portable = {"runner": "PortableRunner", "beam_options": ["--job_endpoint=embed"]}
