@@ -421,7 +421,7 @@ CI = (
     _forward(GPT2_3M, 128, without=(TORCH_COMPILE,)),
     _decode(GPT2_3M, 8, new_tokens=32, without=(COMPILED, CTRANSLATE)),
     _serve(GPT2_3M, 8, 128, rounds=3, without=(GENERATE,)),
-    _batch(GPT2_3M, 8, 256, rounds=3),
+    _batch(GPT2_3M, 8, 128, rounds=3),
     _train(NANOGPT_CPU, 12, 64, without=(TORCH_COMPILE,)),
     _prefill(GPT2_124M, 512, without=(LLAMA, CTRANSLATE)),
     _decode(GPT2_124M, 1, new_tokens=32, without=(COMPILED, CTRANSLATE)),
