@@ -121,9 +121,12 @@ def test_a_parquet_part_is_written_by_groups_of_bounded_size():
 
 @pytest.fixture(params=["jsonl", "parquet"])
 def failed(request, run, write_jsonl, tmp_path):
-    """A job of 5 shards with errors of two kinds in shards 1 and 3, and what is in its parts."""
-    long = {i: {"id": i, "prompt": "x" * 99} for i in (17, 20, 50)}
-    write_jsonl([b"bad" if i == 18 else long.get(i, row) for i, row in enumerate(rows(75))])
+    """Runs a job of 5 shards, of which 1 and 3 have errors: of three kinds and of one."""
+    given = rows(75)
+    given[17] = given[50] = {"id": 17, "prompt": "x" * 99}
+    given[18] = b"bad"
+    given[20] = {"id": 20, "prompt": "x", "min_new_tokens": 8}  # of at most 6
+    write_jsonl(given)
     arguments = {"output_format": request.param}
     run(**arguments)
     return lambda **more: run(**(arguments | more))
@@ -138,8 +141,8 @@ def test_error_rows_are_done_again_with_other_settings_and_nothing_else_is_touch
         failed(long_prompts="truncate_left")
     manifest = failed(long_prompts="truncate_left", retry_errors=True)
     after = contents(out)
-    assert (manifest["shards_done"], manifest["rows_done"], manifest["errors"]) == (2, 4, 1)
-    assert manifest["errors_by_code"] == {"bad_json": 1}
+    assert (manifest["shards_done"], manifest["rows_done"], manifest["errors"]) == (2, 4, 2)
+    assert manifest["errors_by_code"] == {"bad_json": 1, "bad_parameter": 1}
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     assert {name for name in changed if "part-" in name} == {
         f"{folder}part-0000{i}-of-00005.{before_format(before)}"
@@ -148,9 +151,9 @@ def test_error_rows_are_done_again_with_other_settings_and_nothing_else_is_touch
     }
     old, new = (records_of(x) for x in (before, after))
     retried = [i for i, record in enumerate(old) if record["status"] == "error"]
-    assert [i for i in range(75) if old[i] != new[i]] == [17, 20, 50]
+    assert [i for i in range(75) if old[i] != new[i]] == [17, 50]
     assert retried == [17, 18, 20, 50]
-    assert {new[i]["truncated_tokens"] for i in (17, 20, 50)} == {99 - 56}
+    assert {new[i]["truncated_tokens"] for i in (17, 50)} == {99 - 56}
     assert [part["retried_with"] for part in manifest["parts"]] == [
         {},
         {"long_prompts": "truncate_left"},
@@ -178,11 +181,17 @@ def records_of(files: dict[str, bytes]) -> list[dict[str, Any]]:
 def test_errors_of_some_codes_are_done_again_and_those_of_others_kept(failed, tmp_path):
     before = contents(tmp_path / "out")
     same = failed(retry_errors=["prompt_too_long"])
-    assert (same["shards_done"], same["rows_done"], same["errors"]) == (2, 3, 4)
+    assert (same["shards_done"], same["rows_done"], same["errors"]) == (2, 2, 4)
     assert contents(tmp_path / "out") == before  # the same settings give the same errors
     assert failed(retry_errors=["chat_template_missing"])["shards_done"] == 0
-    more = failed(retry_errors=["prompt_too_long"], long_prompts="truncate_right")
-    assert more["errors_by_code"] == {"bad_json": 1}
+    settings: dict[str, Any] = {
+        "long_prompts": "truncate_right",
+        "sampling": core.Sampling(**{**SAMPLED, "max_new_tokens": 9}),
+    }
+    some = failed(retry_errors=["prompt_too_long"], **settings)
+    assert some["errors_by_code"] == {"bad_json": 1, "bad_parameter": 1}
+    more = failed(retry_errors=True, **settings)
+    assert (more["errors_by_code"], more["shards_done"]) == ({"bad_json": 1}, 1)
 
 
 def test_another_model_or_an_unfinished_job_is_not_retried(failed, model, tmp_path):
@@ -224,6 +233,12 @@ def test_a_retry_that_is_killed_anywhere_loses_nothing(failed, tmp_path, monkeyp
     plan = folder.read_plan()
     assert plan is not None
     assert None not in folder.receipts(plan)  # no shard has to be done from its beginning
+    assert failed()["shards_done"] == 0
+    for shard in plan.shards:
+        errors = out / "errors" / plan.part_name(shard)
+        listed = errors.read_bytes() if errors.exists() else b""
+        rows = folder.read_part(plan, shard)
+        assert listed == b"".join(line for line, record in rows if record["status"] == "error")
     failed(long_prompts="truncate_left", retry_errors=True)
     assert contents(out) == expected
 

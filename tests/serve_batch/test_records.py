@@ -33,6 +33,8 @@ def parse(line: bytes | dict, format: records.Format = "jsonl") -> Prompt | RowE
         (b"   ", "bad_json"),
         (b'{"prompt": "a"', "bad_json"),
         (b'{"prompt": "a\x00"}', "bad_json"),
+        (b'{"prompt": "a"} x', "bad_json"),
+        (b'{"prompt": "a"}{}', "bad_json"),
         (b'{"prompt": "a", "x": NaN}', "bad_json"),
         (b'{"prompt": "a", "x": 1e999}', "bad_json"),
         (b'{"prompt": "a", "x": 1' + b"0" * 5000 + b"}", "bad_json"),
@@ -137,6 +139,10 @@ def test_a_prompt_carries_its_id_its_parameters_and_the_fields_that_nobody_knows
 def test_null_and_absent_parameters_are_the_jobs():
     assert parse({"prompt": "a", "top_k": None}) == parse({"prompt": "a"})
     assert parse({"prompt": "a"}) == Prompt(prompt="a", sampling=DEFAULTS)
+
+
+def test_white_space_around_an_object_is_no_part_of_it():
+    assert parse(b' \t{"prompt": "a"} \t\r\n') == parse({"prompt": "a"})
 
 
 def test_token_ids_are_a_prompt():
