@@ -27,14 +27,6 @@ from serve_batch.errors import JobError, UsageError
 
 _CONNECT_S = 10
 _YEAR_S = 365 * 24 * 3600
-_UNSAID: Mapping[str, str] = {
-    # Flink gives a job up with the first task manager that is lost, unless it is told.
-    "number_of_execution_retries": "3",
-    # The end of a bundle is a drain of all slots.
-    "max_bundle_size": "1000000",
-    "max_bundle_time_mills": "3600000",
-}
-"""Options for a job server that has them, where the user says nothing."""
 
 
 def runner(
@@ -56,7 +48,7 @@ def runner(
 
 
 class _Handle(JobServiceHandle):
-    """A job server that hears what goes without saying, and whose word on options is not lost."""
+    """A job server whose word on options is not lost: of one that nobody has, Beam only warns."""
 
     def get_pipeline_options(self) -> Any:
         request = beam_job_api_pb2.DescribePipelineOptionsRequest()
@@ -66,12 +58,7 @@ class _Handle(JobServiceHandle):
         unknown -= self.options.get_all_options().keys() | names
         if unknown:
             raise UsageError(f"neither Beam nor its job server has an option --{min(unknown)}")
-        encoded = super().get_pipeline_options()
-        for name, value in _UNSAID.items():
-            key = f"beam:option:{name}:v1"
-            if name in names and key not in encoded:
-                encoded[key] = value
-        return encoded
+        return super().get_pipeline_options()
 
 
 class Portable(PortableRunner):
