@@ -159,6 +159,16 @@ def test_every_code_under_every_scale_is_exact():
         np.testing.assert_array_equal(found.astype(np.float32), expected)
 
 
+def test_kernels_that_a_jitted_function_closes_over_are_decoded_as_arguments_are():
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (2, 3, 2, 16), np.uint8)
+    kernel = MXFP4(jnp.asarray(blocks), jnp.asarray(rng.integers(110, 140, (2, 3, 2), np.uint8)))
+    argument = jax.jit(lambda kernel: kernel.decode(jnp.float32))(kernel)
+    np.testing.assert_array_equal(jax.jit(lambda: kernel.decode(jnp.float32))(), argument)
+    expert = jax.jit(lambda e: kernel.expert(e).decode(jnp.float32))(1)
+    np.testing.assert_array_equal(expert, argument[1])
+
+
 def test_the_engine_continues_it_greedily_and_alone_as_among_others():
     config = tiny.packed_config(num_hidden_layers=2)
     model, params = core.build(config), tiny.params(tiny.weights(config))

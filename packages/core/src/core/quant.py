@@ -34,7 +34,9 @@ class MXFP4(NamedTuple):
         Exact in bfloat16 and wider: two bits of significand and a power of two. (What is below 2**-126 in magnitude,
         and so subnormal, is zero: XLA's arithmetic has no subnormals on a CPU.)
         """
-        codes = jax.lax.bitcast_convert_type(self.blocks_EOQY, jnp.float4_e2m1fn).astype(dtype)
+        # Constants of a jitted function would be decoded by XLA while it compiles, and wrongly (jax 0.10.2, CPU).
+        blocks_EOQY = jax.lax.optimization_barrier(self.blocks_EOQY)
+        codes = jax.lax.bitcast_convert_type(blocks_EOQY, jnp.float4_e2m1fn).astype(dtype)
         codes = codes.reshape(*self.scales_EOQ.shape, 32)
         # In two steps, because 2**-127 is itself subnormal.
         half = self.scales_EOQ // 2
