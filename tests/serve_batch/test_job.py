@@ -347,17 +347,27 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_an_input_that_changes_while_the_job_runs_is_found(run, write_jsonl, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("becomes", "told"),
+    [
+        (b"prompt ", "jsonl was modified"),
+        (b"Prompt\n", "shard 0 was planned with 20 rows, now has"),
+        (b"", "it is shorter than it was"),
+    ],
+)
+def test_an_input_that_changes_while_the_job_runs_is_found(
+    run, write_jsonl, tmp_path, monkeypatch, becomes, told
+):
     path = write_jsonl(prompts(20))
     serve = host.EngineHost.complete
 
     def touch_and_serve(self, requests):
-        path.write_bytes(path.read_bytes().replace(b"Prompt", b"prompt"))
+        path.write_bytes(path.read_bytes().replace(b"Prompt ", becomes))
         return serve(self, requests)
 
     monkeypatch.setattr(host.EngineHost, "complete", touch_and_serve)
-    with pytest.raises(serve_batch.JobError, match="jsonl was modified"):
-        run()
+    with pytest.raises(serve_batch.JobError, match=told):
+        run(shard_size=100)
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
