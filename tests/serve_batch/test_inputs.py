@@ -131,6 +131,7 @@ def test_a_folder_stands_for_the_files_in_it_that_can_be_read(tmp_path):
     assert (root, [i.name for i in found]) == (str(tmp_path), ["a.jsonl", "b.txt", "c.txt.gz"])
 
 
+@pytest.mark.slow
 def test_ten_thousand_tiny_files_are_one_job(tmp_path):
     for i in range(10_000):
         (tmp_path / f"{i:05d}.txt").write_bytes(b"prompt %d\n" % i)

@@ -212,7 +212,8 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("failed", ["jsonl"], indirect=True)
 @pytest.mark.parametrize(
-    "moment", [*range(4), *(pytest.param(i, marks=pytest.mark.slow) for i in range(4, 8))]
+    "moment",
+    [pytest.param(i, marks=[] if i in (1, 2) else pytest.mark.slow) for i in range(8)],
 )
 def test_a_retry_that_is_killed_anywhere_loses_nothing(failed, tmp_path, monkeypatch, moment):
     out = tmp_path / "out"

@@ -2,7 +2,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core import Completion, Sampling
@@ -200,6 +200,7 @@ json_values = st.recursive(
 )
 
 
+@settings(max_examples=40)
 @given(st.dictionaries(st.text(), json_values))
 def test_fields_are_one_line_for_every_reader_and_read_back_equal(fields):
     text = records.to_json(fields)
@@ -210,6 +211,7 @@ def test_fields_are_one_line_for_every_reader_and_read_back_equal(fields):
 any_text = st.text(st.characters(exclude_categories=()))
 
 
+@settings(max_examples=40)
 @given(
     st.lists(
         st.builds(lambda text, ids: completion(text, *ids), any_text, st.lists(st.integers(0, 99)))

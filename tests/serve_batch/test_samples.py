@@ -96,7 +96,7 @@ def test_log_probabilities_change_no_token_and_are_null_unasked(
 ):
     write_jsonl([{"id": i, "prompt": f"Prompt {i}"} for i in range(9)])
     run()
-    run(output=tmp_path / "scored", sampling=core.Sampling(**SAMPLED, logprobs=2))
+    run(output=tmp_path / "scored", sampling=core.Sampling(**SAMPLED, logprobs=3))
     plain, scored = read_parts(tmp_path / "out"), read_parts(tmp_path / "scored")
     assert [r["token_ids"] for r in plain] == [r["token_ids"] for r in scored]
     assert {r["logprobs"] is None for r in plain} == {True}
