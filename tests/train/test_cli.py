@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -379,3 +380,33 @@ def test_bad_data_is_refused_before_jax_starts(tmp_path: Path, damage, part: str
     )
     assert done.returncode == 1
     assert_one_line(done.stderr, part)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["eval_only", "dry_run"])
+def test_of_two_processes_one_says_what_was_found(config: TrainConfig, tmp_path: Path, key: str):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    # A batch of 6 divides over two devices.
+    common = dataclasses.replace(config, batch_size=6, processes=2, coordinator=address)
+    common = dataclasses.replace(common, **{key: True})
+    processes = [
+        subprocess.Popen(
+            command(GPT2, *overrides(dataclasses.replace(common, process=number))),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+        )
+        for number in (0, 1)
+    ]
+    found = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], found
+    first, second = (out for out, _ in found)
+    if key == "eval_only":
+        assert json.loads(first).keys() >= {"iter", "val_loss"}
+    else:
+        assert first.startswith("model ")
+    assert second == ""  # nor what Gloo has to say

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +26,12 @@ def test_no_moment_is_copied_before_it_is_overwritten_and_no_bit_is_another():
     config = TrainConfig(batch_size=2, block_size=7)
     tokens = tiny.tokens(model.config, 1, 2, 8)
     given = {"model": model, "config": config, "dtype": jnp.dtype(jnp.float32)}
-    plain = jax.jit(functools.partial(step.update, **given), donate_argnums=0)
+    plain: Any = jax.jit(functools.partial(step.update, **given), donate_argnums=0)
     states = []
-    for update in (plain, program.update(**given, platform="cpu")):
+    for update in (plain, cast(Any, program.update(**given, platform="cpu"))):
         state = step.initial_state(jax.tree.map(jnp.copy, params), config)
         compiled = update.lower(state, tokens, np.float32(1e-3), None).compile()
-        copies = re.findall(r"copy\(%state\S*[mn]u", compiled.as_text())
+        copies = re.findall(r"copy\(%state\S*[mn]u", str(compiled.as_text()))
         for _ in range(3):
             state, _ = compiled(state, tokens, np.float32(1e-3), None)
         states.append((len(copies), state))
@@ -69,3 +70,25 @@ def test_the_program_that_starts_again_is_the_same_program():
     said = process.communicate()[0]
     assert said == f"{process.pid} glibc.malloc.hugetlb=1 ['--a=b c', 'd']\n"
     assert process.returncode == 0
+
+
+@pytest.mark.skipif("[always]" in pages._mode(), reason="pages are huge on this machine anyway")
+def test_memory_that_is_given_back_is_kept():
+    """40 MB are ten thousand pages, which without it the system finds and clears each time."""
+    code = (
+        "import ctypes, resource, sys, train.pages as p\n"
+        "if sys.argv[1] == 'keep': p.keep()\n"
+        "c = ctypes.CDLL(None)\n"
+        "c.malloc.restype, c.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]\n"
+        "c.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]\n"
+        "def use():\n"
+        "    block = c.malloc(40_000_000); c.memset(block, 1, 40_000_000); c.free(block)\n"
+        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "use(); use(); before = faults(); use(); print(faults() - before)\n"
+    )
+    environment = {key: x for key, x in os.environ.items() if key != "GLIBC_TUNABLES"}
+    counts = [
+        int(subprocess.check_output([sys.executable, "-P", "-c", code, word], env=environment))
+        for word in ("leave", "keep")
+    ]
+    assert counts[1] < 100 < 9000 < counts[0]

@@ -70,6 +70,8 @@ def main() -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     from train import preflight
 
+    if config.processes > 1:
+        _keep_stdout_to_ourselves()
     try:
         preflight.check(config)  # before jax, which takes a second to start
         from train.loop import run
@@ -81,6 +83,13 @@ def main() -> None:
         _tell(config, result)
     if result.stopped_by is not None:
         sys.exit(128 + result.stopped_by)
+
+
+def _keep_stdout_to_ourselves() -> None:
+    """Sends what libraries in C++ say on stdout to stderr: Gloo tells each process there whom it has met."""
+    ours = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(ours, "w")
 
 
 def _tell(config: TrainConfig, result: Any) -> None:

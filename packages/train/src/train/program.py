@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from core.models import Model
-from train import step
+from train import pages, step
 from train.config import TrainConfig
 
 # Without looking where the old moments are last read, XLA copies all of them before it writes the new ones.
@@ -19,8 +19,11 @@ def update(
 ) -> Callable[..., tuple[step.State, dict[str, jax.Array]]]:
     """Returns `step.update` of (state, tokens_ABS, learning_rate, dropout_key), compiled when first called.
 
-    `places` are jax.jit's: the shardings of what comes out.
+    On a CPU the process keeps the memory that updates take (`pages.keep`). `places` are jax.jit's: the shardings of
+    what comes out.
     """
+    if platform == "cpu":
+        pages.keep()
     return jax.jit(
         functools.partial(step.update, model=model, config=config, dtype=dtype),
         donate_argnums=0,
