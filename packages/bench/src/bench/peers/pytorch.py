@@ -7,6 +7,7 @@ Runs in the peers' environment: imports nothing of flaxmill but the protocol and
     python -m bench.peers.pytorch start FOLDER 2 TOKENS N     continues a prompt by N tokens
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping
@@ -193,11 +194,15 @@ class Serve(Generate):
 
 
 class Train:
-    """nanoGPT's step: AdamW over two groups (matrices decay, the rest does not), gradients clipped to norm 1."""
+    """nanoGPT's step: AdamW over two groups (matrices decay, the rest does not), gradients clipped to norm 1.
+
+    In bfloat16 as there: parameters are float32, and autocast has the products in bfloat16.
+    """
 
     def __init__(self, torch_: PyTorch, workload: Workload, weights: Path) -> None:
         self.torch = torch_
-        model = torch_.load(workload, weights).train()
+        self.precision = workload.precision
+        model = torch_.load(dataclasses.replace(workload, precision="float32"), weights).train()
         self.parameters = list(model.parameters())
         self.model = torch.compile(model) if torch_.mode == "compile" else model
         groups = [
@@ -211,10 +216,13 @@ class Train:
         self.losses: list[float] = []
 
     def call(self) -> None:
-        logits_BTV = self.model(self.inputs_BT, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits_BTV.flatten(0, 1), self.targets_BT.flatten()
-        )
+        with torch.autocast(
+            self.inputs_BT.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
+        ):
+            logits_BTV = self.model(self.inputs_BT, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits_BTV.flatten(0, 1), self.targets_BT.flatten()
+            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
