@@ -180,9 +180,11 @@ def test_unknown_fields_come_back_as_they_were(run, write_jsonl, read_parts, tmp
     assert second["input"] == {"odd": odd}
 
 
+@pytest.mark.parametrize("temperature", [0, 1.0])
 def test_the_bytes_do_not_depend_on_shards_or_on_the_order_of_files(
-    run, write_jsonl, join_parts, tmp_path
+    run, write_jsonl, join_parts, tmp_path, temperature
 ):
+    sampling = core.Sampling(max_new_tokens=6, temperature=temperature, seed=3)
     rows = prompts(60)
     files = [
         write_jsonl(rows[:7], "input/a.jsonl"),
@@ -191,7 +193,8 @@ def test_the_bytes_do_not_depend_on_shards_or_on_the_order_of_files(
     ]
     outputs = []
     for number, (shard_size, inputs) in enumerate([(5, files), (23, files[::-1]), (100, files)]):
-        run(shard_size=shard_size, input=inputs, output=tmp_path / str(number))
+        where = {"input": inputs, "output": tmp_path / str(number)}
+        run(shard_size=shard_size, sampling=sampling, **where)
         outputs.append(join_parts(tmp_path / str(number)))
     assert len(outputs[0].splitlines()) == 61
     assert outputs[0] == outputs[1] == outputs[2]

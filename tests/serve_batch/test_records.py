@@ -221,7 +221,7 @@ any_text = st.text(st.characters(exclude_categories=()))
     st.dictionaries(st.text(), json_values),
 )
 def test_a_record_s_line_is_the_record_as_json(samples, row_id, file, fields):
-    where = WHERE | {"source": Source(file, 7, 1)}
+    where: dict[str, Any] = {**WHERE, "source": Source(file, 7, 1)}
     prompt = Prompt(prompt="a", sampling=DEFAULTS, id=row_id, input=fields)
     error = RowError(code="bad", message=file, id=row_id, input=fields)
     row, result = (prompt, samples) if samples else (error, error)

@@ -41,8 +41,8 @@ def requests(
     if long_prompts != "error":
         new_tokens = row.sampling.max_new_tokens
         prompt, truncated = engine.cut(prompt, new_tokens=new_tokens, policy=long_prompts)
-    ids = (f"{key}#{sample}" if sample else key for sample in range(row.n))
-    return [Request(prompt, row.sampling, id=id_) for id_ in ids], truncated
+    ids = [key, *(f"{key}#{sample}" for sample in range(1, row.n))] if row.n > 1 else [key]
+    return [Request(prompt, row.sampling, id_) for id_ in ids], truncated
 
 
 def refused(row: Prompt | RowError, error: RequestError) -> RowError:

@@ -368,7 +368,7 @@ def record(
         "schema_version": SCHEMA_VERSION,
         "id": source.key if row.id is None else row.id,
         "index": index,
-        "source": source._asdict(),
+        "source": {"file": source.file, "offset": source.offset, "line": source.line},
         "status": "error" if isinstance(result, RowError) else "ok",
         **said,
         "seed": row.sampling.seed if isinstance(row, Prompt) else None,
@@ -427,12 +427,12 @@ def to_line(record: Mapping[str, Any]) -> bytes:
 
     What `to_json` gives, spelled out: a record is mostly names, and the encoder takes twice as long over them.
     """
-    r, source = record, record["source"]
+    r, source, model = record, record["source"], record["model"]
     return _one_line(
         f'{{"schema_version": {r["schema_version"]}, "id": {_spelled(r["id"])}, "index": {r["index"]}, '
         f'"source": {{"file": {_quoted(source["file"])}, "offset": {source["offset"]}, "line": {source["line"]}}}, '
         f'"status": "{r["status"]}", {_said(r)}, "seed": {_spelled(r["seed"])}, '
-        f'"model": {_model(**r["model"])}, "input": {_spelled(r["input"])}}}\n'
+        f'"model": {_model(model["name"], model["revision"])}, "input": {_spelled(r["input"])}}}\n'
     ).encode()
 
 

@@ -252,6 +252,7 @@ def _requests(
 
     With it go the row, how many samples it has, and how many tokens of its prompt are left out.
     """
+    now, long_prompts = work.plan.now, work.job.long_prompts
     for row, kept in rows:
         content = row.content
         if kept is not None:
@@ -261,7 +262,6 @@ def _requests(
             yield (row, 1, 0), content
             continue
         key = row.source.key if content.id is None else str(content.id)
-        now, long_prompts = work.plan.now, work.job.long_prompts
         try:
             samples, truncated = asking.requests(
                 content, key, work.engine, now=now, long_prompts=long_prompts
