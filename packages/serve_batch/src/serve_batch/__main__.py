@@ -7,6 +7,7 @@ Give the same command again to resume a job that was interrupted. Options of Bea
 
 import signal
 import sys
+from typing import Any
 
 from absl import flags, logging
 
@@ -35,7 +36,7 @@ _LOGPROBS = flags.DEFINE_integer(
     "Log-probabilities of the tokens, and of so many likeliest ones; a row may ask for fewer.",
     lower_bound=0,
 )
-_LONG_PROMPTS = flags.DEFINE_enum(
+_LONG_PROMPTS: flags.FlagHolder[Any] = flags.DEFINE_enum(
     "long_prompts",
     "error",
     ["error", "truncate_left", "truncate_right"],
@@ -50,7 +51,9 @@ _DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Checks every row; generates a
 _MAX_ERROR_RATE = flags.DEFINE_float(
     "max_error_rate", 1.0, "Share of error rows that still passes."
 )
-_OUTPUT_FORMAT = flags.DEFINE_enum("output_format", "jsonl", ["jsonl", "parquet"], "Of the parts.")
+_OUTPUT_FORMAT: flags.FlagHolder[Any] = flags.DEFINE_enum(
+    "output_format", "jsonl", ["jsonl", "parquet"], "Of the parts."
+)
 _RETRY_ERRORS = flags.DEFINE_boolean(
     "retry_errors", False, "Does the error rows of finished shards again, and keeps all others."
 )
