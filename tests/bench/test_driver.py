@@ -6,6 +6,7 @@ from bench import driver, gate
 from bench.gate import Threshold
 from bench.peers import contestants
 from bench.peers.contestants import OURS, Contestant
+from bench.workloads import ONNX
 from bench_contestants import KINDS, SLEEPER, SLOWED, program, sleeper, workload
 
 
@@ -241,6 +242,19 @@ def test_pytorch_agrees_with_us_on_every_kind(field):
         rows = driver.measure(three, workload(kind), lambda who: None)
         assert [(row.status, row.reason) for row in rows] == [("measured", "")] * 2
         assert all(row.difference is not None and row.difference < 1e-4 for row in rows)
+
+
+@pytest.mark.parity
+def test_onnx_runtime_agrees_with_us_on_pytorch_s_own_graph(field):
+    pytest.importorskip("onnxruntime")
+    (peer,) = (c for c in contestants.contestants(device="cpu", threads=2) if c.name == ONNX)
+    assert peer.absent == ""
+    for length in (7, 4):
+        rows = measured(field(ours(), peer), workload("forward", rounds=1, length=length))
+        assert [(row.status, row.reason) for row in rows.values()] == [("measured", "")] * 2
+        assert (rows[ONNX].difference or 0) < 1e-4
+    narrow = workload("forward", precision="bfloat16")
+    assert peer.obstacle(narrow) == "has no bfloat16 for this graph on a CPU"
 
 
 @pytest.mark.parity

@@ -36,7 +36,7 @@ CACHED_BYTES = 64 * 2**20
 
 # Who may be left out of a workload.
 TORCH_COMPILE, GENERATE, COMPILED = "torch.compile", "HF generate", "HF compiled"
-LLAMA, CTRANSLATE = "llama.cpp", "CTranslate2"
+LLAMA, CTRANSLATE, ONNX = "llama.cpp", "CTranslate2", "ONNX Runtime"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -418,7 +418,7 @@ _IMPORT = Workload(name="import", kind="import", shape=GPT2_3M, rounds=5)
 
 # Under six minutes on two cores, so that every change can afford it.
 CI = (
-    _forward(GPT2_3M, 128, without=(TORCH_COMPILE,)),
+    _forward(GPT2_3M, 128, without=(TORCH_COMPILE, ONNX)),
     _decode(GPT2_3M, 8, new_tokens=32, without=(COMPILED, CTRANSLATE)),
     # 64 requests a slot: with 16, a tenth of the time is the last requests' alone.
     _serve(GPT2_3M, 8, 512, rounds=3, without=(GENERATE, LLAMA)),
@@ -470,8 +470,12 @@ FULL = (
     _convert(GPT2_XL),
     _load(GPT2_XL),
     _open(GPT2_XL),
-    *(_forward(GPT2_XL, length, p, rounds=3) for length in (64, 512) for p in _FLOATS),
     # Not everyone at once: each has the weights in its memory.
+    *(
+        _forward(GPT2_XL, length, p, rounds=3, without=(ONNX,))
+        for length in (64, 512)
+        for p in _FLOATS
+    ),
     *(_decode(GPT2_XL, 1, p, rounds=3, without=(COMPILED, CTRANSLATE)) for p in _PRECISIONS),
     *(_decode(GPT2_XL, 8, p, rounds=3, without=(COMPILED, CTRANSLATE)) for p in _PRECISIONS),
     _convert(shapes.GPT_OSS_CUT),

@@ -71,6 +71,7 @@ def contestants(*, device: str, threads: int) -> tuple[Contestant, ...]:
         torch(workloads.COMPILED, "compile", "decode"),
         _llama(peer, python, device=device, threads=threads),
         _ctranslate(peer, python, device=device, threads=threads),
+        _onnx(peer, python, device=device, threads=threads),
         peer(
             "transformers",
             "jobs",
@@ -136,6 +137,20 @@ def _ctranslate(
     )
 
 
+def _onnx(
+    peer: Callable[..., Contestant], python: Path | None, *, device: str, threads: int
+) -> Contestant:
+    absent = _missing(python, "onnxruntime", "onnxscript") if python else ""
+    return peer(
+        workloads.ONNX,
+        "onnx",
+        str(threads),
+        kinds=frozenset({"forward"}),
+        refuses=_unfit_for_onnx,
+        **_beyond(absent, device),
+    )
+
+
 def _beyond(absent: str, device: str) -> dict[str, str]:
     """Returns the reason why a peer of the CPU's is absent, if there is one."""
     if device != "cpu":
@@ -166,6 +181,12 @@ def _unfit_for_torch(workload: Workload) -> str:
 def _unfit_for_ctranslate(workload: Workload) -> str:
     if isinstance(workload.shape, GptOssShape):
         return "has no converter for GPT-OSS"
+    return ""
+
+
+def _unfit_for_onnx(workload: Workload) -> str:
+    if workload.precision != "float32":
+        return "has no bfloat16 for this graph on a CPU"
     return ""
 
 
