@@ -184,7 +184,7 @@ def test_missing_torch_is_a_row_with_its_reason(field, monkeypatch, tmp_path):
     )
     absent = {c.name: c.absent for c in everyone}
     ours_and_tools = [name for name in absent if name.startswith((OURS, "cp "))]
-    assert len(absent) == len(ours_and_tools) + 7
+    assert len(absent) == len(ours_and_tools) + 8
     for name, found in absent.items():
         assert found == ("" if name in ours_and_tools else reason)
     rows = measured(field(sleeper(OURS, 0), *everyone[1:]), workload("train"))
