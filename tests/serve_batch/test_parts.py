@@ -79,6 +79,14 @@ def test_a_parquet_part_is_the_same_bytes_whenever_it_is_written_and_input_of_th
     assert {r["status"] for r in chained} == {"ok"}
 
 
+def test_an_overwrite_in_another_format_leaves_no_part_of_the_first(run, write_jsonl, tmp_path):
+    write_jsonl([*rows(20), b"bad"])
+    run(output_format="parquet")
+    run(overwrite=True)
+    names = {name.rpartition("/")[2] for name in contents(tmp_path / "out") if "part-" in name}
+    assert names == {"part-00000-of-00002.jsonl", "part-00001-of-00002.jsonl"}
+
+
 @pytest.mark.parametrize("format", ["jsonl", "parquet"])
 def test_what_is_kept_of_a_part_is_written_again_to_the_byte(format):
     where: dict[str, Any] = {
