@@ -490,8 +490,8 @@ class Engine:
         prompt, start = row.text.prompt, row.filled
         rest = prompt[start : start + self._chunks[-1]]
         size = next(size for size in self._chunks if size >= len(rest))
-        if size > SMALLEST_CHUNK and len(rest) <= size * 3 // 4:  # else a quarter or more is padding
-            size //= 2
+        if size > SMALLEST_CHUNK and len(rest) <= size * 3 // 4:
+            size //= 2  # else a quarter of it, or more, would be padding
             rest = rest[:size]
         tokens_1T = np.zeros((1, size), np.int32)
         tokens_1T[0, : len(rest)] = rest
