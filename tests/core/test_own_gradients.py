@@ -99,3 +99,18 @@ def test_the_loss_without_any_target_is_zero_and_so_is_its_gradient():
     x, head, targets = draws(B, T, D), draws(V, D, seed=1), np.full((B, T), -1)
     found = jax.value_and_grad(losses.unembedded_cross_entropy, (0, 1))(x, head, targets, 4)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_bias_s_gradient_is_summed_in_float32(dtype: Any):
+    """Over 700 rows; rounded to bfloat16 it would have 8 bits."""
+    x, kernel = draws(700, 3).astype(dtype), draws(3, 4, 2, seed=1)
+    bias, weights = draws(4, 2, seed=2), draws(700, 4, 2, seed=3).astype(dtype)
+
+    def weighted(bias: jax.Array) -> jax.Array:
+        return (layers.linear(x, kernel, bias) * weights).astype(jnp.float32).sum()
+
+    found = jax.jit(jax.grad(weighted))(bias)
+    expected = np.asarray(weights, np.float64).sum(0)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
