@@ -1,6 +1,7 @@
 """The job on real clusters: standalone Flink and Spark, worker pools, Prism; all write what the local runner writes."""
 
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -120,6 +121,35 @@ def test_a_flink_task_manager_that_is_killed_loses_nothing(
     paths = {"model": model, "input": tmp_path / "input" / "*", "output": local}
     serve_batch.run(**paths, sampling=SAMPLING, slots=4)
     assert join_parts(out) == join_parts(local)
+
+
+def test_a_launcher_that_is_interrupted_ends_with_its_job_server(
+    command, flink_server, pool, write_jsonl, tmp_path
+):
+    write_jsonl([{"prompt": f"Prompt {i * 7919 % 1000}"} for i in range(800)])
+    out = tmp_path / "out"
+    with clusters.flink(tmp_path) as flink, flink.task_manager("task-manager"):
+        flags = ["--runner=FlinkRunner", "--", flink_server, f"--flink_master={flink.master}"]
+        with subprocess.Popen([*command, "--shard_size=8", *flags, *pool], stderr=-1) as job:
+            try:
+                _wait_for(lambda: list(out.glob("_receipts/*.json")), job)
+                job.send_signal(signal.SIGTERM)
+                _, said = job.communicate(timeout=60)
+            finally:
+                job.kill()
+        assert (said.decode(), job.returncode) == ("error: interrupted\n", 143)
+        assert not (out / "_lock").exists()
+        assert not list(filter(_runs(flink_server.partition("=")[2]), Path("/proc").iterdir()))
+
+
+def _runs(jar: str) -> Callable[[Path], bool]:
+    def check(process: Path) -> bool:
+        try:
+            return jar.encode() in (process / "cmdline").read_bytes()
+        except OSError:
+            return False
+
+    return check
 
 
 def _wait_for(happened: Callable[[], object], job: subprocess.Popen) -> None:

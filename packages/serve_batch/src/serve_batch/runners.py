@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -105,7 +106,7 @@ def unfinished(job: Job) -> Iterator[int]:
 
 
 def run(job: Job, runner: PipelineRunner | str, options: PipelineOptions) -> None:
-    """Runs the pipeline of `job` to its end; interrupted, it takes the job back from where it runs."""
+    """Runs the pipeline of `job` to its end; interrupted, it asks for the job to be cancelled."""
     pipeline = beam.Pipeline(runner=runner, options=options)
     _ = (
         pipeline
@@ -208,11 +209,31 @@ def cluster(
     pipeline_options(beam_options, has_job_server=has_job_server)
     with quiet():
         runner, flags = clusters.runner(name, beam_options, workers=workers, output=output)
+    with _readers_that_do_not_print():
+        try:
+            yield runner, pipeline_options(flags, has_job_server=has_job_server)
+        finally:
+            if isinstance(runner, clusters.Portable):
+                runner.stop()
+
+
+@contextlib.contextmanager
+def _readers_that_do_not_print() -> Iterator[None]:
+    """Keeps the thread that reads a job server's messages from printing that the server is gone."""
+    hook, name = threading.excepthook, "wait_until_finish_read"
+
+    def filtered(what: threading.ExceptHookArgs) -> None:
+        if what.thread is None or what.thread.name != name:
+            hook(what)
+
+    threading.excepthook = filtered
     try:
-        yield runner, pipeline_options(flags, has_job_server=has_job_server)
+        yield
     finally:
-        if isinstance(runner, clusters.Portable):
-            runner.stop()
+        for thread in threading.enumerate():
+            if thread.name == name:
+                thread.join(5)
+        threading.excepthook = hook
 
 
 def cause(error: Exception) -> str:
