@@ -103,7 +103,9 @@ class TrainConfig:
     loss_scale_interval: int = 2000  # and after how many good updates it doubles
     attention: str = "auto"  # auto | xla | cudnn | splash
     remat: str = "none"  # none | dots | residual | full: what a block keeps for its backward pass
-    scan_layers: bool = False  # one block is compiled and run L times: a deep model compiles as fast as a shallow one
+    scan_layers: bool = (
+        False  # layers as a loop over one block, in which remat saves memory on a CPU too
+    )
     mesh: str = "data=-1"  # devices along data, fsdp, expert and tensor; -1 is what is left
     coordinator: str = ""  # HOST:PORT of process 0, if there are several
     processes: int = 1
