@@ -239,6 +239,8 @@ def _token_ids(value: Any) -> tuple[int, ...]:
 
 
 def _take_sampling(fields: dict[str, Any], defaults: "Sampling") -> "Sampling":
+    if _PARAMETERS.keys().isdisjoint(fields):
+        return defaults
     changes = {}
     for name in [name for name in fields if name in _PARAMETERS]:
         value = fields.pop(name)
@@ -453,7 +455,13 @@ def _spelled(value: Any) -> str:
     if value is None:
         return "null"
     kind = type(value)
-    return _quoted(value) if kind is str else str(value) if kind is int else _ENCODER.encode(value)
+    if kind is str:
+        return _quoted(value)
+    if kind is int:
+        return str(value)
+    if kind is dict:  # an encoder costs more to set up than a few fields to spell
+        return f"{{{', '.join([f'{_quoted(name)}: {_spelled(v)}' for name, v in value.items()])}}}"
+    return _ENCODER.encode(value)
 
 
 @functools.lru_cache(maxsize=8)

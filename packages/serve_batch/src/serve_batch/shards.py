@@ -207,8 +207,7 @@ def _write(
                     truncated=truncated,
                 )
                 kept = part.write(record)
-            tally.add(row, record)
-            if record["status"] == "error":
+            if tally.add(row, record):
                 failed.append(kept)
     if tally.rows != shard.rows:
         raise JobError(
@@ -292,17 +291,19 @@ class _Tally:
         self._errors: Counter[str] = Counter()
         self._ids: list[bytes] = []
 
-    def add(self, row: Row, record: Mapping[str, Any]) -> None:
+    def add(self, row: Row, record: Mapping[str, Any]) -> bool:
+        """Counts a record; returns whether it is an error."""
         self.rows += 1
         if row.content.id is not None:
             kind_and_id = f"{type(row.content.id).__name__} {row.content.id}"
             self._ids.append(hashlib.blake2b(kind_and_id.encode(), digest_size=8).digest())
         if record["status"] == "error":
             self._errors[record["error"]["code"]] += 1
-        else:
-            self._truncated += record["truncated_tokens"] > 0
-            self._prompt_tokens += record["prompt_tokens"]
-            self._completion_tokens += record["completion_tokens"]
+            return True
+        self._truncated += record["truncated_tokens"] > 0
+        self._prompt_tokens += record["prompt_tokens"]
+        self._completion_tokens += record["completion_tokens"]
+        return False
 
     def receipt(self, shard: Shard, device: str, part: parts.Writer) -> Receipt:
         return Receipt(
