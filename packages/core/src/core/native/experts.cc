@@ -83,8 +83,7 @@ INLINE F code(Words x) {
            kNumbers[x[3] >> 4 * J & 15]};
 }
 INLINE F powers(uint32_t bytes) {
-  int32_t byte = int32_t(bytes);
-  return (F)(I{byte, byte, byte, byte} << 23);
+  return (F)(U{bytes, bytes, bytes, bytes} << 23);
 }
 #endif
 

@@ -25,7 +25,7 @@ INLINE F scaled(F x, F shifted, F low, F least) {
 }
 #else
 INLINE F scaled(F x, F shifted, F low, F least) {
-  return (F)(((I)x + ((I)shifted << 23)) & ~(low < least));
+  return (F)(((U)x + ((U)shifted << 23)) & (U)~(low < least));
 }
 #endif
 

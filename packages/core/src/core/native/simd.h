@@ -112,6 +112,7 @@ INLINE void store(float* p, F x, int count) { _mm256_maskstore_ps(p, first(count
 
 using F = float __attribute__((vector_size(16)));
 using I = int32_t __attribute__((vector_size(16)));
+using U = uint32_t __attribute__((vector_size(16)));  // for sums and shifts that go beyond int32
 constexpr int W = 4;
 
 INLINE F zero() { return F{0, 0, 0, 0}; }
