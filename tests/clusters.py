@@ -42,12 +42,19 @@ OPENED = (
 OPENS = ["java.base/" + (p if p.startswith("sun") else f"java.{p}") for p in OPENED]
 JAVA = ["java", *(f"--add-opens={package}=ALL-UNNAMED" for package in OPENS)]
 
-_FETCH_S = 420
+_FETCH_S = 360
+"""For all that is fetched, together."""
+
 _START_S = 90
 
 
 class Missing(Exception):
     """Why something cannot be had on this machine."""
+
+
+@functools.cache
+def _deadline() -> float:
+    return time.monotonic() + _FETCH_S
 
 
 def _run(command: Sequence[str | Path], **environment: str) -> None:
@@ -61,10 +68,10 @@ def _run(command: Sequence[str | Path], **environment: str) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=_FETCH_S,
+            timeout=max(1, _deadline() - time.monotonic()),
         )
     except subprocess.TimeoutExpired:
-        raise Missing(f"{Path(tool).name} did not end in {_FETCH_S} s") from None
+        raise Missing(f"{Path(tool).name} is not done after {_FETCH_S} s") from None
     if done.returncode:
         lines = [line for line in done.stdout.splitlines() if "rror" in line] or [done.stdout]
         raise Missing(f"{Path(tool).name} failed: {lines[0].strip()[:300]}")
