@@ -85,14 +85,21 @@ def alone(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "share"),
-    [("data=8", 1), ("fsdp=8", 0.2), ("data=2,fsdp=2,tensor=2", 0.35), ("data=2,tensor=4", 0.4)],
+    [
+        ("data=8", 1),
+        ("fsdp=8", 0.2),
+        ("data=2,fsdp=2,tensor=2", 0.35),
+        ("data=2,fsdp=2,tensor=2,scan", 0.35),
+        ("data=2,tensor=4", 0.4),
+    ],
 )
 def test_eight_devices_make_the_updates_of_one(
     alone: dict[str, Any], data_dir: Path, tmp_path: Path, mesh: str, share: float
 ):
     """Dropout is on: were its masks not the same, the losses would differ in the second digit."""
     # What is taken from a cache of programs is not compiled, and the compiler cannot complain.
-    settings: dict[str, Any] = {"data_dir": str(data_dir), "mesh": mesh}
+    settings: dict[str, Any] = {"data_dir": str(data_dir), "mesh": mesh.removesuffix(",scan")}
+    settings["scan_layers"] = mesh.endswith(",scan")
     settings["cache"] = tmp_path / "cache"
     found, err = result(program(8, tmp_path / "out", **settings))
     assert "Involuntary full rematerialization" not in err
