@@ -235,12 +235,10 @@ class OutputFolder:
     def settle(self, plan: Plan) -> None:
         """Ends what was being replaced when a job was killed, or takes it back."""
         for shard, content in self._receipts(plan):
-            if b'"previous": {' not in content:
-                continue
-            receipt = self.receipt(plan, shard)
+            receipt = self.receipt(plan, shard) if b'"previous": {' in content else None
             if receipt is None:
-                self.store.remove(_receipt_name(shard))
-            elif receipt.previous is not None:
+                continue
+            if receipt.previous is not None:
                 self.commit_replacement(plan, shard, receipt)
             else:
                 self.write_receipt(shard, receipt)
