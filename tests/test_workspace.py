@@ -26,7 +26,7 @@ DOORS = (
     "bench.env",
 )
 # Peers run in an interpreter of their own, which has them.
-PEERS = {"ctranslate2", "llama_cpp", "torch", "transformers"}
+PEERS = {"ctranslate2", "llama_cpp", "onnxruntime", "torch", "transformers"}
 
 
 def imported(package: str) -> set[str]:

@@ -3,5 +3,6 @@
 collect_ignore = [
     "src/bench/peers/pytorch.py",
     "src/bench/peers/ctranslate.py",
+    "src/bench/peers/onnx.py",
     "src/bench/demo.py",
 ]
