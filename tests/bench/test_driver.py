@@ -249,7 +249,7 @@ def test_onnx_runtime_agrees_with_us_on_pytorch_s_own_graph(field):
     pytest.importorskip("onnxruntime")
     (peer,) = (c for c in contestants.contestants(device="cpu", threads=2) if c.name == ONNX)
     assert peer.absent == ""
-    for length in (7, 4):
+    for length in (11, 4):
         rows = measured(field(ours(), peer), workload("forward", rounds=1, length=length))
         assert [(row.status, row.reason) for row in rows.values()] == [("measured", "")] * 2
         assert (rows[ONNX].difference or 0) < 1e-4

@@ -234,6 +234,7 @@ def test_a_job_is_measured_beside_its_engine_and_tells_how_full_its_slots_were(f
     rows = measured(field(ours(), alone), workload("batch", requests=9, rounds=1))
     assert [(row.status, row.reason) for row in rows.values()] == [("measured", "")] * 2
     assert rows[ENGINE].difference == 0
+    assert not rows[ENGINE].facts.get("rows_that_differ")
     for row in rows.values():
         assert 0.5 < row.facts["slot_utilisation"] <= 1
 
