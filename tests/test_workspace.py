@@ -15,11 +15,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("core", "convert", "train", "serve_batch", "bench")
 DOORS = (
     "core.generate",
+    "core.quality",
     "convert",
     "convert.export",
     "convert.verify",
     "train",
     "train.prepare",
+    "train.hellaswag",
     "serve_batch",
     "bench",
     "bench.demo",

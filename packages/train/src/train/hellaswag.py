@@ -28,11 +28,6 @@ from core.errors import FlaxmillError
 if TYPE_CHECKING:
     from core.engine import Engine
 
-_MODEL = flags.DEFINE_string("model", None, "The model folder.", required=True)
-_DATA = flags.DEFINE_string("data", None, "A JSON-lines file of questions.", required=True)
-_CUSTOM = flags.DEFINE_enum("custom", "llmc", ["llmc", "lm_eval"], "Whose rules; see above.")
-_LIMIT = flags.DEFINE_integer("limit", 0, "So many questions at most; 0 is all.", lower_bound=0)
-
 
 class HellaSwagError(FlaxmillError):
     """Questions that cannot be read, or that the model cannot be asked."""
@@ -56,21 +51,30 @@ class Score:
     acc_norm: float
 
 
+def _define_flags() -> None:
+    """Not at import: `evaluate` is also for programs with flags of their own."""
+    flags.DEFINE_string("model", None, "The model folder.", required=True)
+    flags.DEFINE_string("data", None, "A JSON-lines file of questions.", required=True)
+    flags.DEFINE_enum("custom", "llmc", ["llmc", "lm_eval"], "Whose rules; see above.")
+    flags.DEFINE_integer("limit", 0, "So many questions at most; 0 is all.", lower_bound=0)
+
+
 def main() -> None:
-    questions = read(Path(_DATA.value), _CUSTOM.value)[: _LIMIT.value or None]
+    options = flags.FLAGS
+    questions = read(Path(options.data), options.custom)[: options.limit or None]
     import tqdm
 
     import core
     from core import compiled
 
     compiled.keep()
-    model, params, tokenizer = core.load(_MODEL.value)
+    model, params, tokenizer = core.load(options.model)
     if tokenizer is None:
-        raise HellaSwagError(f"{_MODEL.value} has no tokenizer to read questions with")
+        raise HellaSwagError(f"{options.model} has no tokenizer to read questions with")
     engine = core.Engine(model, params, tokenizer, slots=1)
-    length = len if _CUSTOM.value == "lm_eval" else None
+    length = len if options.custom == "lm_eval" else None
     found = evaluate(engine, tqdm.tqdm(questions, unit=" questions", disable=None), length=length)
-    told = {"model": _MODEL.value, "data": _DATA.value, "custom": _CUSTOM.value}
+    told = {"model": options.model, "data": options.data, "custom": options.custom}
     sys.stdout.write(json.dumps(told | dataclasses.asdict(found)) + "\n")
 
 
@@ -183,4 +187,5 @@ def _tidied(text: str) -> str:
 
 
 if __name__ == "__main__":
+    _define_flags()
     door.run(main)
