@@ -60,7 +60,6 @@ def lease() -> None:
 def _open(path: Path) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
-    except (
-        PermissionError
-    ):  # another user's file in a sticky folder may be read, but not asked to be made
+    except PermissionError:
+        # Another user's file in a sticky folder may be read, but not asked to be made.
         return os.open(path, os.O_RDONLY)
