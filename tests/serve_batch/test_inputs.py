@@ -297,3 +297,16 @@ def test_inputs_may_lie_in_an_object_store(place):
     with pytest.raises(JobError, match="no file matches memory:///other"):
         inputs.find(["memory://other/*.txt"], output="/nowhere")
     inputs.idle.close()
+
+
+def test_a_column_that_is_nested_too_deeply_makes_an_error_of_a_row(write_table):
+    type_, value = pa.int64(), 1
+    for _ in range(600):
+        type_, value = pa.struct([("a", type_)]), {"a": value}
+    deep = pa.array([value, None], type_)
+    path = write_table({"prompt": ["x", "y"], "z": deep}, store_schema=False)
+    bad, good = (row.content for row in rows_of(plan_of(path)))
+    assert isinstance(bad, RowError)
+    assert bad.code == "bad_column"
+    assert "nested deeper than 100" in bad.message
+    assert isinstance(good, Prompt)

@@ -39,6 +39,8 @@ def parse(line: bytes | dict, format: records.Format = "jsonl") -> Prompt | RowE
         (b'{"prompt": "a", "x": 1e999}', "bad_json"),
         (b'{"prompt": "a", "x": 1' + b"0" * 5000 + b"}", "bad_json"),
         (b"[" * 100_000, "bad_json"),
+        (b'{"prompt": "x", "z": ' + b'{"a": ' * 600 + b"1" + b"}" * 601, "bad_json"),
+        (b'{"prompt": "x", "z": ' + b"[" * 100 + b"]" * 100 + b"}", "bad_json"),
         (b'["prompt"]', "not_an_object"),
         (b'"prompt"', "not_an_object"),
         (b"null", "not_an_object"),

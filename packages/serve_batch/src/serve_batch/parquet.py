@@ -121,11 +121,13 @@ def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | RowError]:
 def _values(column: pa.Array, *, drops_nulls: bool) -> tuple[list[Any], dict[int, str]]:
     """Returns a column as JSON's values, null for those that are none, and why those are not, by row."""
     try:
+        _check_depth(column.type)
         wanted = _spelled(column.type)
         values = (column if wanted == column.type else column.cast(wanted)).to_pylist()
         convert = _converter(wanted, drops_nulls)
     except (pa.ArrowException, ValueError, OSError) as error:
-        why = f"{column.type} cannot be JSON: {' '.join(str(error).split())}"
+        name = str(column.type)
+        why = f"{name[:100]} cannot be JSON: {' '.join(str(error).split())}"
         there = np.flatnonzero(np.asarray(column.is_valid()))
         return [None] * len(column), {int(row): why for row in there}
     if convert is None:
@@ -137,6 +139,14 @@ def _values(column: pa.Array, *, drops_nulls: bool) -> tuple[list[Any], dict[int
         except ValueError as error:
             values[row], refused[row] = None, str(error)
     return values, refused
+
+
+def _check_depth(type_: pa.DataType) -> None:
+    level = [type_]
+    for _ in range(records.MAX_DEPTH):
+        level = [outer.field(i).type for outer in level for i in range(outer.num_fields)]
+    if level:
+        raise ValueError(f"it is nested deeper than {records.MAX_DEPTH}")
 
 
 @functools.lru_cache(maxsize=256)

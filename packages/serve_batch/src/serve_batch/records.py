@@ -29,6 +29,9 @@ Format = Literal["jsonl", "text"]
 FORMATS: Mapping[str, Format] = {".jsonl": "jsonl", ".txt": "text"}
 """The input formats, by file suffix."""
 
+MAX_DEPTH = 100
+"""Of objects and lists in one another: what reads a record, and what writes it, goes down into them."""
+
 MAX_SAMPLES = 128
 """Of one row: its record holds them all."""
 
@@ -154,7 +157,17 @@ def _object(text: str) -> dict[str, Any]:
         raise _Refused(
             "not_an_object", f"expected a JSON object with a 'prompt', found {_named(value)}"
         )
+    if text.count("{") + text.count("[") > MAX_DEPTH and _is_too_deep(value):
+        raise _Refused("bad_json", f"the JSON is nested deeper than {MAX_DEPTH}")
     return value
+
+
+def _is_too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [v for values in inner for v in values if isinstance(v, dict | list)]
+    return bool(level)
 
 
 def _not_json(constant: str) -> Any:
