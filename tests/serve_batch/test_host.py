@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 import core
+from core import native
+from serve_batch import host as host_lib
 from serve_batch.host import WAITING_PER_SLOT, EngineHost
 from serve_batch.plan import JobError
 
@@ -152,3 +154,9 @@ def test_when_the_engine_dies_all_who_wait_are_told_and_all_who_come(
     with pytest.raises(MemoryError):
         list(host.complete(requests(0, 1)))
     assert isinstance(host.broken, MemoryError)
+
+
+def test_a_device_is_named_with_what_its_bits_depend_on(monkeypatch):
+    assert host_lib.device() == f"cpu {native.name()}"
+    monkeypatch.setenv("FLAXMILL_NATIVE", "off")
+    assert host_lib.device() == "cpu xla"

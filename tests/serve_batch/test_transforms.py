@@ -174,6 +174,33 @@ def test_an_engine_that_fails_fails_the_pipeline(run, model, monkeypatch):
         run(serve_batch.Generate(model, slots=4), ["a", "b"])
 
 
+def test_what_cannot_be_told_apart_is_a_failed_row(model):
+    handler = serve_batch.JaxModelHandler(model, slots=4, sampling=SAMPLED)
+    rows = [{"prompt": "a", "at": object()}, {"prompt": "a", 3: 4}, {"prompt": "a", "at": 1}]
+    results: list[Any] = handler.run_inference(rows, handler.load_model())
+    codes = [(result.inference["error"] or {"code": "ok"})["code"] for result in results]
+    assert codes == ["bad_id", "bad_id", "ok"]
+
+
+@pytest.mark.parametrize("surface", [serve_batch.Generate, serve_batch.JaxModelHandler])
+@pytest.mark.parametrize("wrong", [{"slots": 0}, {"precision": "fp4"}, {"long_prompts": "keep"}])
+def test_what_cannot_be_is_said_when_the_pipeline_is_made(model, surface, wrong):
+    with pytest.raises(serve_batch.UsageError, match=f"{next(iter(wrong))} "):
+        surface(model, **wrong)
+
+
+def test_run_inference_goes_on_with_another_engine_where_one_failed(model):
+    handler = serve_batch.JaxModelHandler(model, slots=4, sampling=SAMPLED)
+    engine = handler.load_model()
+    engine.close()
+    call = engine.call()
+    call.ask(0, core.Request("a", SAMPLED))
+    with pytest.raises(serve_batch.JobError, match="closed"):
+        call.take()
+    results: list[Any] = handler.run_inference(["a"], engine)
+    assert [result.inference["status"] for result in results] == ["ok"]
+
+
 def test_the_pipeline_s_model_is_the_worker_s(run, model, monkeypatch):
     transform = serve_batch.Generate(model, slots=4)
     monkeypatch.setattr("serve_batch.plan.code_version", lambda package: "9.9.9")

@@ -97,9 +97,14 @@ def main(beam_options: list[str]) -> None:
     if _RUNNER.value == "DirectRunner":
         print(_DIRECT_RUNNER, file=sys.stderr)
     print(_summary(result), file=sys.stderr)
+    if len(devices := result.get("devices", [])) > 1:
+        print(f"note: {_MIXED} ({', '.join(devices)})", file=sys.stderr)
 
 
 _DIRECT_RUNNER = "note: --runner=DirectRunner ran as --runner=local: Beam's own would first try to download Prism"
+
+
+_MIXED = "parts come from different kinds of device, which differ in the last bits"
 
 
 def _summary(result: dict) -> str:

@@ -8,6 +8,7 @@ the process dies, and sees no other device.
 import fcntl
 import os
 import tempfile
+import threading
 from pathlib import Path
 
 from serve_batch.errors import JobError
@@ -18,6 +19,7 @@ ONE = "FLAXMILL_ONE_ACCELERATOR"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 _held: int | None = None
+_leasing = threading.Lock()
 
 
 def visible(devices: Path = Path("/dev")) -> list[str]:
@@ -37,6 +39,11 @@ def lease() -> None:
     Raises:
       JobError: other processes hold them all.
     """
+    with _leasing:
+        _lease()
+
+
+def _lease() -> None:
     global _held
     if os.environ.get(ONE) != "1" or _held is not None:
         return

@@ -11,6 +11,7 @@ from typing import Any
 
 import core
 from serve_batch import host, runners
+from serve_batch.records import LongPrompts
 from serve_batch.transforms import Row, Serving
 
 with runners.quiet():
@@ -34,9 +35,11 @@ class JaxModelHandler(ModelHandler[Example, PredictionResult, host.EngineHost]):
       sampling: for rows that do not say otherwise.
       slots: rows that decode together.
       precision: one of `core.config.PRECISIONS`; by default what the model is stored in.
+      long_prompts: what is done with a prompt that does not fit; one of `records.LONG_PROMPTS`.
       batch_size: rows of a batch, all of one size but the last of a bundle.
 
     Raises:
+      UsageError: arguments that cannot be.
       core.CheckpointError: `model` is no whole model folder.
     """
 
@@ -47,11 +50,14 @@ class JaxModelHandler(ModelHandler[Example, PredictionResult, host.EngineHost]):
         sampling: core.Sampling | None = None,
         slots: int = 16,
         precision: str | None = None,
+        long_prompts: LongPrompts = "error",
         batch_size: int | None = None,
     ):
         size = batch_size or slots * BATCHES_OF_SLOTS
         super().__init__(min_batch_size=size, max_batch_size=size)
-        self._serving = Serving.of(model, sampling=sampling, slots=slots, precision=precision)
+        self._serving = Serving.of(
+            model, sampling=sampling, slots=slots, precision=precision, long_prompts=long_prompts
+        )
 
     def load_model(self) -> host.EngineHost:
         return self._serving.engine()
@@ -66,6 +72,7 @@ class JaxModelHandler(ModelHandler[Example, PredictionResult, host.EngineHost]):
 
         Anything raised means that the engine itself is broken.
         """
+        model = self._serving.engine()  # another, where that one has failed
         rows = [Row.of(example, self._serving, model) for example in batch]
         asked = (
             ((row, sample), request) for row in rows for sample, request in enumerate(row.requests)

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar, cast
 import jax
 
 import core
-from core import decode, harmony
+from core import decode, harmony, native
 from core.chat import Chat
 from core.chat import missing as template_missing
 from core.engine import Counters
@@ -364,5 +364,6 @@ def check_code(expected: str) -> None:
 
 
 def device() -> str:
-    """Returns the kind of device that this process computes on."""
-    return jax.devices()[0].device_kind
+    """Returns the kind of device that this process computes on; of a CPU, also with which kernels."""
+    device = jax.devices()[0]
+    return f"cpu {native.name()}" if device.platform == "cpu" else device.device_kind

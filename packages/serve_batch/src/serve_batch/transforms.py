@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import core
+from core.config import PRECISIONS
 from serve_batch import asking, host, plan, records, runners
+from serve_batch.errors import UsageError
 from serve_batch.records import LongPrompts, Prompt, RowError, Source
 
 with runners.quiet():
@@ -57,7 +59,14 @@ class Serving:
         precision: str | None,
         long_prompts: LongPrompts = "error",
     ) -> "Serving":
-        """Raises core.CheckpointError where `model` is no whole model folder."""
+        """Raises UsageError for arguments that cannot be, core.CheckpointError where there is no model."""
+        if slots < 1:
+            raise UsageError(f"slots is {slots}; expected 1 or more")
+        if precision is not None and precision not in PRECISIONS:
+            raise UsageError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+        if long_prompts not in records.LONG_PROMPTS:
+            known = ", ".join(records.LONG_PROMPTS)
+            raise UsageError(f"long_prompts {long_prompts!r} is not one of {known}")
         folder = Path(plan.absolute_path(model))
         return cls(
             model=folder,
@@ -107,9 +116,9 @@ class Row:
         content = _content(element, serving.sampling)
         if isinstance(content, RowError):
             return cls(content, [])
-        # A collection has no order, so a row that brings no id is known by what it asks.
-        key = _digest(element) if content.id is None else str(content.id)
         try:
+            # A collection has no order, so a row that brings no id is known by what it asks.
+            key = _digest(element) if content.id is None else str(content.id)
             requests, truncated = asking.requests(
                 content, key, engine, now=serving.now, long_prompts=serving.long_prompts
             )
@@ -149,7 +158,13 @@ def _content(element: Any, sampling: core.Sampling) -> Prompt | RowError:
 
 
 def _digest(element: Any) -> str:
-    said = json.dumps(element, sort_keys=True, default=str)
+    """Raises core.RequestError where `element` holds what JSON has not."""
+    try:
+        said = json.dumps(element, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise core.RequestError(
+            "bad_id", f"the row has no id, and holds what cannot be written as JSON: {error}"
+        ) from error
     return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
@@ -162,6 +177,7 @@ class Generate(beam.PTransform):
         results = prompts | serve_batch.Generate("models/gpt2", sampling=core.Sampling(max_new_tokens=50))
         results.ok | beam.Map(lambda record: record["text"])
 
+    A process has one engine, so all `Generate`s of a pipeline must have the same model and settings.
     A row that cannot be served is a record with an error in `.failed`, an engine that fails raises. Draws depend on the
     seed, the row's `id` (without one, on what it asks) and the token's position.
 
@@ -173,6 +189,7 @@ class Generate(beam.PTransform):
       long_prompts: what is done with a prompt that does not fit; one of `records.LONG_PROMPTS`.
 
     Raises:
+      UsageError: arguments that cannot be.
       core.CheckpointError: `model` is no whole model folder.
     """
 
@@ -194,7 +211,7 @@ class Generate(beam.PTransform):
             long_prompts=long_prompts,
         )
 
-    def expand(self, input_or_inputs: PCollection) -> Generated:
+    def expand(self, input_or_inputs: PCollection):  # Beam takes a `-> Generated` for an element's
         results: Any = input_or_inputs | beam.ParDo(_Generate(self._serving)).with_outputs(
             _FAILED, main="ok"
         )

@@ -11,7 +11,7 @@ All of it lies behind `core.layers`, `core.moe` and `core.attention`, which have
 
 from core.native.attention import attend_cache, attends
 from core.native.experts import mix_experts, mixes
-from core.native.library import available, is_serving, serving
+from core.native.library import available, is_serving, name, serving
 from core.native.products import ROWS, product, rounded_product, serves
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "is_serving",
     "mix_experts",
     "mixes",
+    "name",
     "product",
     "rounded_product",
     "serves",

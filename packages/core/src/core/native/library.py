@@ -59,6 +59,11 @@ def available() -> bool:
     return not missing
 
 
+def name() -> str:
+    """Returns the instruction set of the kernels that this process serves with, or xla: bits depend on it."""
+    return _isa() if available() else "xla"
+
+
 def call(
     kernel: str,
     result: jax.ShapeDtypeStruct | tuple[jax.ShapeDtypeStruct, ...],
