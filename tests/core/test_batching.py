@@ -331,7 +331,8 @@ def test_tokens_that_were_drawn_after_a_stop_string_count_as_nothing(engine: Eng
     assert fresh.counters.tokens == sum(lengths)
 
 
-@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [1, 4])
 def test_speculation_changes_nothing_but_the_number_of_steps(engine: Engine, k: int):
     """Greedy and drawn, with penalties that see every token; one text repeats itself."""
     plain = Engine(engine.model, engine.params, engine.tokenizer, slots=2)

@@ -29,7 +29,11 @@ def loss_of(config: Config, key: jax.Array | None, scan_layers: bool, remat: str
     [
         (tiny.config(n_layer=3, **DROPPED), "none"),
         (tiny.config(scale_attn_by_inverse_layer_idx=True), "full"),
-        (tiny_gpt_oss.config(num_hidden_layers=4, layer_types=WINDOWS, sliding_window=3), "dots"),
+        pytest.param(
+            tiny_gpt_oss.config(num_hidden_layers=4, layer_types=WINDOWS, sliding_window=3),
+            "dots",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["dropout", "no two layers alike", "windows take turns"],
 )

@@ -387,6 +387,7 @@ def test_weights_and_tokenizer_are_part_of_the_fingerprint(model, tmp_path):
     assert {k for k in before if before[k] != after[k]} == {"revision", "tokenizer"}
 
 
+@pytest.mark.slow
 def test_a_precision_is_the_engine_s_and_the_job_s(run, model, write_jsonl, read_parts, tmp_path):
     rows = prompts(9)
     write_jsonl([row | {"id": i} for i, row in enumerate(rows)])

@@ -478,6 +478,7 @@ def test_a_model_without_a_tokenizer_goes_on_with_gpt2s_ids(config: TrainConfig,
     assert run(raw, max_iters=1, init_from="resume").iteration == 2
 
 
+@pytest.mark.slow
 def test_only_improvements_are_saved_when_asked(config: TrainConfig):
     rising = {"learning_rate": 0.5, "decay_lr": False, "grad_clip": 0.0}
     result = run(config, **rising, always_save_checkpoint=False)
