@@ -10,8 +10,9 @@ import pytest
 
 import core
 import serve_batch
-from serve_batch import parquet, parts, records
+from serve_batch import parquet, parts, records, shards
 from serve_batch.output import OutputFolder
+from serve_batch.shards import Job
 
 SAMPLED: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0.9, "top_k": 40, "seed": 3}
 ROWS = [
@@ -212,6 +213,70 @@ def test_another_model_or_an_unfinished_job_is_not_retried(failed, model, tmp_pa
     other = "jsonl" if list((tmp_path / "out").glob("*.parquet")) else "parquet"
     with pytest.raises(serve_batch.JobError, match="output_format was"):
         failed(output_format=other, retry_errors=True)
+
+
+def test_a_damaged_part_is_not_retried(failed, tmp_path):
+    out = tmp_path / "out"
+    path = next(out.glob("part-00003*"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        serve_batch.JobError, match=r"part-00003-of-00005\.\w+ was changed after .* with"
+    ):
+        failed(long_prompts="truncate_left", retry_errors=True)
+    assert path.read_bytes() == bytes(content)
+
+
+def test_a_shard_that_is_no_longer_done_is_not_done_with_a_retry_s_settings(
+    run, write_jsonl, model, tmp_path
+):
+    write_jsonl([*rows(20), b"bad"])
+    run()
+    out = tmp_path / "out"
+    hotter = core.Sampling(**{**SAMPLED, "temperature": 1.5})
+    work = Job(
+        model=model,
+        output=OutputFolder(out),
+        sampling=hotter,
+        slots=4,
+        retried_codes=frozenset(),
+        retried_with={"temperature": 1.5},
+        reports_progress=False,
+    ).start()
+    (out / "_receipts" / "00001.json").unlink()
+    before = contents(out)
+    with pytest.raises(serve_batch.JobError, match=r"shard 1 is no longer done.*\(temperature\)"):
+        shards.generate(work.plan.shards[1], work)
+    assert contents(out) == before
+
+
+def test_a_worker_that_outlives_its_job_writes_nothing_into_the_next_one_s_folder(
+    run, write_jsonl, model, tmp_path
+):
+    write_jsonl([*rows(20), b"bad"])
+    run()
+    out = tmp_path / "out"
+    folder = OutputFolder(out)
+    job = Job(
+        model=model,
+        output=folder,
+        sampling=core.Sampling(**SAMPLED),
+        slots=4,
+        reports_progress=False,
+    )
+    work = job.start()
+    mine = (out / "_receipts" / "00001.json").read_bytes()
+    run(sampling=core.Sampling(**{**SAMPLED, "temperature": 1.5}), overwrite=True)
+    before = contents(out)
+    with pytest.raises(serve_batch.JobError, match="has become another job's"):
+        shards.generate(work.plan.shards[1], work)
+    assert contents(out) == before
+    # A receipt that it had written a moment earlier is not one of the job that is there.
+    (out / "_receipts" / "00001.json").write_bytes(mine)
+    plan = folder.read_plan()
+    assert plan is not None
+    assert [receipt is None for receipt in folder.receipts(plan)] == [False, True]
 
 
 class Killed(BaseException):

@@ -64,6 +64,12 @@ def line_format(name: str) -> records.Format | None:
     return records.FORMATS.get(parsed.format)
 
 
+def is_by_bytes(name: str) -> bool:
+    """Whether the rows of a file are ranges of its own bytes, so that the last one ends where it does."""
+    parsed = _parsed(name)
+    return parsed is not None and parsed.format != PARQUET and parsed.codec is None
+
+
 def find(patterns: Sequence[str | Path], *, output: str | Path) -> tuple[str, list[Input]]:
     """Returns the root of the inputs, and the files that `patterns` match, in the order of their names.
 

@@ -40,6 +40,8 @@ _BLOCK_BYTES = 1 << 20
 class Receipt:
     """What became of one shard; `ids` holds 8 bytes of hash, in hex, for each id that the input brought."""
 
+    plan: str
+    """The digest of the plan whose shard it is."""
     shard: int
     rows: int
     errors: Mapping[str, int]
@@ -66,11 +68,32 @@ class Receipt:
 
     @classmethod
     def from_json(cls, content: bytes) -> "Receipt":
-        """Raises ValueError or TypeError where `content` is no receipt."""
-        fields = json.loads(content)
-        if fields.get("previous") is not None:
-            fields["previous"] = cls(**fields["previous"])
-        return cls(**fields)
+        """Raises ValueError where `content` is no receipt."""
+        try:
+            fields = json.loads(content)
+            previous = fields.pop("previous")
+            old = None if previous is None else cls(**previous)
+            receipt = cls(**fields, previous=old)
+            is_one = receipt._is_one() and (old is None or (old._is_one() and old.previous is None))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"it is no receipt: {error!r}") from error
+        if not is_one:
+            raise ValueError("it is no receipt")
+        return receipt
+
+    def _is_one(self) -> bool:
+        """Whether its fields are of their types, and agree; what JSON gave may be anything."""
+        counts = [self.shard, self.rows, self.truncated, self.nbytes]
+        counts += [self.prompt_tokens, self.completion_tokens, *self.errors.values()]
+        texts = (self.plan, self.sha256, self.device, self.ids)
+        if not all(type(count) is int and count >= 0 for count in counts):
+            return False
+        if not (
+            all(isinstance(text, str) for text in texts) and isinstance(self.retried_with, dict)
+        ):
+            return False
+        ids = len(bytes.fromhex(self.ids))
+        return ids % 8 == 0 and ids <= 8 * self.rows and sum(self.errors.values()) <= self.rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +154,7 @@ class OutputFolder:
             return None
         try:
             return Plan.from_json(content)
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             raise JobError(
                 f"{self.place}/{_PLAN} is not a plan that this version can read ({error!r}); "
                 "choose another output folder, or start anew with --overwrite"
@@ -139,6 +162,25 @@ class OutputFolder:
 
     def write_plan(self, plan: Plan) -> None:
         self.store.write(_PLAN, plan.to_json())
+
+    def expect_plan(self, plan: Plan) -> None:
+        """Makes sure, before something is written, that the folder is still of the job that `plan` is of.
+
+        Raises:
+          JobError: another job has taken it over.
+        """
+        try:
+            content = self.store.read(_PLAN)
+        except FileNotFoundError:
+            content = b""
+        # Parsed only where it differs: a large job's plan is read once a shard.
+        if hashlib.sha256(content).hexdigest() == plan.digest:
+            return
+        now = self.read_plan()
+        if now is None or now.digest != plan.digest:
+            raise JobError(
+                f"{self.place} has become another job's; nothing more of this one is written there"
+            )
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -191,25 +233,36 @@ class OutputFolder:
         return zip(shards, contents, strict=True)
 
     def receipt(self, plan: Plan, shard: Shard) -> Receipt | None:
-        """Returns the receipt of a shard that is done."""
+        """Returns the receipt of a shard that is done.
+
+        Raises:
+          JobError: whether it is done cannot be read.
+        """
         try:
             content = self.store.read(_receipt_name(shard))
             size = self.store.stat(plan.part_name(shard)).size
-        except OSError:
+        except FileNotFoundError:
             return None
+        except OSError as error:
+            raise JobError(
+                f"cannot read {plan.part_name(shard)} of {self.place} or its receipt: "
+                f"{error.strerror or error}"
+            ) from error
         return self._valid(content, size, plan, shard)
 
-    def _valid(
-        self, content: bytes | None, size: int | None, plan: Plan, shard: Shard
-    ) -> Receipt | None:
+    def _valid(self, content: bytes, size: int | None, plan: Plan, shard: Shard) -> Receipt | None:
         """Returns what a receipt says of the part that is there, if it says anything of it."""
         try:
-            receipt = None if content is None else Receipt.from_json(content)
-        except (ValueError, TypeError, AttributeError):
+            receipt = Receipt.from_json(content)
+        except ValueError:
             return None
-        candidates = [c for c in (receipt, receipt and receipt.previous) if c is not None]
-        candidates = [c for c in candidates if c.nbytes == size and c.rows == shard.rows]
-        if len(candidates) < 2:
+        expected = (plan.digest, shard.number, shard.rows, size)
+        candidates = [
+            c
+            for c in (receipt, receipt.previous)
+            if c is not None and (c.plan, c.shard, c.rows, c.nbytes) == expected
+        ]
+        if receipt.previous is None or not candidates:
             return candidates[0] if candidates else None
         found = self._sha256(plan.part_name(shard))
         return next((c for c in candidates if c.sha256 == found), None)
@@ -226,6 +279,18 @@ class OutputFolder:
         with self.store.writing(name) as file, parts.Writer(file, plan.output_format) as errors:
             for record in failed:
                 errors.keep(record)
+
+    def expect_whole(self, plan: Plan, shard: Shard, receipt: Receipt) -> None:
+        """Makes sure that a part is what its receipt says, before records of it are kept in another.
+
+        Raises:
+          JobError: it was changed.
+        """
+        if self._sha256(plan.part_name(shard)) != receipt.sha256:
+            raise JobError(
+                f"{self.place}/{plan.part_name(shard)} was changed after it was written; "
+                "run the job without --retry_errors first, which does that shard again"
+            )
 
     def read_part(self, plan: Plan, shard: Shard) -> Iterator[tuple[Any, dict[str, Any]]]:
         """Yields a part's records, each as it is kept and as it reads."""

@@ -69,6 +69,11 @@ class Plan:
     def part_name(self, shard: Shard) -> str:
         return f"part-{shard.number:05d}-of-{len(self.shards):05d}.{self.output_format}"
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """Which plan it is, to those who have read it before."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
     @property
     def output_format(self) -> str:
         return str(self.fingerprint["output_format"])
@@ -78,8 +83,16 @@ class Plan:
 
     @classmethod
     def from_json(cls, content: bytes) -> "Plan":
-        """Raises ValueError, KeyError or TypeError where `content` is no plan of this version."""
-        fields = json.loads(content)
+        """Raises ValueError where `content` is no plan of this version."""
+        try:
+            plan = cls._of(json.loads(content))
+            plan._check()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+        return plan
+
+    @classmethod
+    def _of(cls, fields: dict[str, Any]) -> "Plan":
         return cls(
             root=fields["root"],
             inputs=tuple(Input(*i) for i in fields["inputs"]),
@@ -90,6 +103,33 @@ class Plan:
             fingerprint=fields["fingerprint"],
             date=datetime.date.fromisoformat(fields["date"]).isoformat(),
         )
+
+    def _check(self) -> None:
+        """Raises ValueError or TypeError for what `make` would not have made."""
+        _expect(isinstance(self.root, str), "a root that is no string")
+        _expect(self.output_format in OUTPUT_FORMATS, "no output format")
+        _expect(all(isinstance(v, Scalar) for v in self.fingerprint.values()), "a fingerprint")
+        for entry in self.inputs:
+            _expect(isinstance(entry.name, str), "an input without a name")
+            _expect(type(entry.size) is int and isinstance(entry.version, str | int), "an input")
+        ends, row = [0] * len(self.inputs), 0
+        for number, shard in enumerate(self.shards):
+            numbers = (*shard[:3], *(n for span in shard.spans for n in span))
+            _expect(all(type(n) is int and n >= 0 for n in numbers), "a shard")
+            _expect(shard[:2] == (number, row) and shard.rows > 0, "shards that do not follow")
+            row += shard.rows
+            for span in shard.spans:
+                is_next = span.input < len(ends) and span.start == ends[span.input] < span.end
+                _expect(is_next and span.line > 0, "ranges that do not follow")
+                ends[span.input] = span.end
+        for entry, end in zip(self.inputs, ends, strict=True):
+            whole = end == entry.size or not inputs_lib.is_by_bytes(entry.name)
+            _expect(whole, f"not all of {entry.name}")
+
+
+def _expect(holds: bool, found: str) -> None:
+    if not holds:
+        raise ValueError(f"it has {found}")
 
 
 def make(

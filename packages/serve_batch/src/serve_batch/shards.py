@@ -136,9 +136,15 @@ def generate(shard: Shard, work: Work) -> Receipt:
     if done is not None:  # a runner may ask again for what is done
         return _retry(shard, done, work) if done.selected(work.job.retried_codes) else done
     output, plan = work.job.output, work.plan
+    if work.job.retried_with:
+        raise JobError(
+            f"shard {shard.number} is no longer done, and would be done with other settings than the job's "
+            f"({', '.join(work.job.retried_with)}); run the job without --retry_errors first"
+        )
     rows = ((row, None) for row in read(plan, shard, work.job.sampling))
     with output.store.writing(plan.part_name(shard)) as file:
         written = _write(file, rows, shard, work)
+        output.expect_plan(plan)
         output.write_errors(plan, shard, written.failed)
     output.write_receipt(shard, written.receipt)
     return written.receipt
@@ -147,6 +153,7 @@ def generate(shard: Shard, work: Work) -> Receipt:
 def _retry(shard: Shard, done: Receipt, work: Work) -> Receipt:
     """Does the error rows of a finished shard again; see `serve_batch.output` for the order of its steps."""
     output, plan = work.job.output, work.plan
+    output.expect_whole(plan, shard, done)
     kept = (
         None if _is_retried(record, work.job) else Kept(as_it_is, record)
         for as_it_is, record in output.read_part(plan, shard)
@@ -155,6 +162,7 @@ def _retry(shard: Shard, done: Receipt, work: Work) -> Receipt:
     with output.store.writing(plan.part_name(shard)) as file:
         written = _write(file, rows, shard, work)
         receipt = dataclasses.replace(written.receipt, retried_with=dict(work.job.retried_with))
+        output.expect_plan(plan)
         output.write_receipt(shard, dataclasses.replace(receipt, previous=done))
     output.write_errors(plan, shard, written.failed)
     output.write_receipt(shard, receipt)
@@ -214,7 +222,7 @@ def _write(
             f"shard {shard.number} was planned with {shard.rows} rows, now has {tally.rows}: an input was "
             "modified while the job ran; start again with --overwrite"
         )
-    return _Written(tally.receipt(shard, work.device, part), failed)
+    return _Written(tally.receipt(work.plan, shard, work.device, part), failed)
 
 
 def _complete(
@@ -305,8 +313,9 @@ class _Tally:
         self._completion_tokens += record["completion_tokens"]
         return False
 
-    def receipt(self, shard: Shard, device: str, part: parts.Writer) -> Receipt:
+    def receipt(self, plan: Plan, shard: Shard, device: str, part: parts.Writer) -> Receipt:
         return Receipt(
+            plan=plan.digest,
             shard=shard.number,
             rows=self.rows,
             errors=dict(sorted(self._errors.items())),
