@@ -1,6 +1,7 @@
 """The host that threads share: same slots, own results, and nobody waits for an engine that is dead."""
 
 import itertools
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,9 @@ import pytest
 import core
 from core import native
 from serve_batch import host as host_lib
-from serve_batch.host import WAITING_PER_SLOT, EngineHost
-from serve_batch.plan import JobError
+from serve_batch import plan
+from serve_batch.errors import JobError
+from serve_batch.host import WAITING_PER_SLOT, EngineHost, shared
 
 SAMPLED = core.Sampling(max_new_tokens=6, temperature=0.9, seed=3)
 
@@ -160,3 +162,17 @@ def test_a_device_is_named_with_what_its_bits_depend_on(monkeypatch):
     assert host_lib.device() == f"cpu {native.name()}"
     monkeypatch.setenv("FLAXMILL_NATIVE", "off")
     assert host_lib.device() == "cpu xla"
+
+
+def test_a_model_whose_tokenizer_files_or_stop_ids_were_mended_is_loaded_again(model, tmp_path):
+    mended = shutil.copytree(model, tmp_path / "mended")
+    how: dict[str, Any] = {"slots": 4, "revision": plan.model_revision(mended)}
+    last = shared(mended, **how)
+    assert shared(mended, **how) is last
+    for name in ("chat_template.jinja", "generation_config.json"):
+        (mended / name).write_text("{}")
+        now = shared(mended, **how)
+        assert now is not last
+        assert shared(mended, **how) is now
+        last = now
+    last.close()

@@ -1,5 +1,6 @@
 """The whole job in this process: real engine, real Beam."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -459,6 +460,33 @@ def test_a_worker_with_another_core_or_another_model_refuses(model):
         host.check_code("9.9.9")
     with pytest.raises(serve_batch.JobError, match="planned for revision 0000"):
         host.shared(model, slots=4, revision="0" * 64)
+
+
+def test_a_worker_with_other_versions_another_tokenizer_or_other_settings_says_what_differs(
+    run, model, write_jsonl, tmp_path
+):
+    write_jsonl(prompts(3))
+    run()
+    folder = OutputFolder(tmp_path / "out")
+    job = Job(model=model, output=folder, sampling=SAMPLED, slots=4, reports_progress=False)
+    other = shutil.copytree(model, tmp_path / model.name)
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
+    hotter = dataclasses.replace(SAMPLED, temperature=1.5)
+    path = folder.path / "_plan.json"
+    plan = json.loads(path.read_text())
+    for changes, versions, told in [
+        ({"model": other}, {}, "planned with: tokenizer was '.*', is '.*'; install"),
+        ({"sampling": hotter}, {}, r"temperature was 0\.9, is 1\.5"),
+        ({"slots": 2}, {}, "slots was 4, is 2"),
+        (
+            {},
+            {"jax": "0.0.1", "serve_batch": "0"},
+            r"serve_batch was '0', is .*; jax was '0\.0\.1'",
+        ),
+    ]:
+        path.write_text(json.dumps(plan | {"fingerprint": plan["fingerprint"] | versions}))
+        with pytest.raises(serve_batch.JobError, match=told):
+            dataclasses.replace(job, **changes).start()
 
 
 @pytest.mark.parametrize(

@@ -310,7 +310,7 @@ class _Leaving:
 
 
 _opening = threading.Lock()
-_current: tuple[tuple[Path, int, str | None, int, str], EngineHost] | None = None
+_current: tuple[tuple[Path, int, str | None, int, str, tuple[str, ...]], EngineHost] | None = None
 
 
 def shared(
@@ -328,7 +328,8 @@ def shared(
     """
     global _current
     with _opening:
-        wanted = (model, slots, precision, top_logprobs, revision)
+        files = tuple(plan.text_files(model).values())
+        wanted = (model, slots, precision, top_logprobs, revision, files)
         if _current is None or _current[0] != wanted or _current[1].broken is not None:
             found = plan.model_revision(model)
             if found != revision:

@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from core.tokenizer import GENERATION_CONFIG, TOKENIZER_FILES
 from serve_batch import inputs as inputs_lib
@@ -75,8 +75,8 @@ class Plan:
         return hashlib.sha256(self.to_json()).hexdigest()
 
     @property
-    def output_format(self) -> str:
-        return str(self.fingerprint["output_format"])
+    def output_format(self) -> OutputFormat:
+        return cast(OutputFormat, self.fingerprint["output_format"])
 
     def to_json(self) -> bytes:
         return json.dumps(dataclasses.asdict(self)).encode() + b"\n"
@@ -158,12 +158,7 @@ def changes(
     plan: Plan, root: str, inputs: Sequence[Input], fingerprint: Mapping[str, Scalar]
 ) -> list[str]:
     """Returns what is not as it was when `plan` was made, a phrase each; nothing if the job can go on."""
-    names = {**plan.fingerprint, **fingerprint}
-    told = [
-        f"{name} was {plan.fingerprint.get(name)!r}, is {fingerprint.get(name)!r}"
-        for name in names
-        if plan.fingerprint.get(name) != fingerprint.get(name)
-    ]
+    told = differences(plan.fingerprint, fingerprint)
     if plan.root != root:
         return [*told, f"the inputs' root was {plan.root}, is {root}"]
     before, now = {i.name: i for i in plan.inputs}, {i.name: i for i in inputs}
@@ -172,6 +167,15 @@ def changes(
             what = "added" if name not in before else "removed" if name not in now else "modified"
             told.append(f"input {root}/{name} was {what}")
     return told
+
+
+def differences(was: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> list[str]:
+    """Returns in what two fingerprints differ, a phrase each."""
+    return [
+        f"{name} was {was.get(name)!r}, is {now.get(name)!r}"
+        for name in {**was, **now}
+        if was.get(name) != now.get(name)
+    ]
 
 
 def absolute_path(path: str | Path) -> Path:
@@ -216,10 +220,7 @@ def fingerprint(
         "schema_version": records.SCHEMA_VERSION,
         "model": model.name,
         "revision": model_revision(model),
-        "tokenizer": _digest(
-            path for path in map(model.joinpath, TOKENIZER_FILES) if path.exists()
-        ),
-        "generation_config": _digest(path for path in [model / GENERATION_CONFIG] if path.exists()),
+        **text_files(model),
         **{name: _scalar(value) for name, value in dataclasses.asdict(sampling).items()},
         "slots": slots,
         "precision": precision,
@@ -230,6 +231,15 @@ def fingerprint(
             name: importlib.metadata.version(name)
             for name in ("jax", "jaxlib", "jinja2", "pyarrow", "tokenizers")
         },
+    }
+
+
+def text_files(model: Path) -> dict[str, str]:
+    """Returns digests of what a model folder says, beside its weights, about text: read whenever it is loaded."""
+    names = {"tokenizer": TOKENIZER_FILES, "generation_config": (GENERATION_CONFIG,)}
+    return {
+        told: _digest(path for path in map(model.joinpath, files) if path.exists())
+        for told, files in names.items()
     }
 
 

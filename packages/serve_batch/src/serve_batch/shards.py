@@ -66,13 +66,11 @@ class Job:
         """Returns what this process needs for any shard of the job; loads the model if no earlier call did.
 
         Raises:
-          JobError: this process has another `core` or another model.
+          JobError: this process has other versions of the code, or another model.
         """
         devices.lease()
         plan = self.plan()
-        fingerprint = {**plan.fingerprint, **self.retried_with}
-        host.check_code(str(fingerprint["core"]))
-        revision = str(fingerprint["revision"])
+        revision = self._check_fingerprint(plan)
         engine = host.shared(
             self.model,
             slots=self.slots,
@@ -81,6 +79,25 @@ class Job:
             top_logprobs=self.sampling.logprobs or 0,
         )
         return Work(job=self, plan=plan, engine=engine, device=host.device())
+
+    def _check_fingerprint(self, plan: Plan) -> str:
+        """Returns the revision of the model, once all that changes a record is found to be what was planned."""
+        expected = {**plan.fingerprint, **self.retried_with}
+        host.check_code(str(expected.get("core")))
+        found = plan_lib.fingerprint(
+            self.model,
+            self.sampling,
+            slots=self.slots,
+            precision=self.precision,
+            long_prompts=self.long_prompts,
+            output_format=plan.output_format,
+        )
+        if told := plan_lib.differences(expected, found):
+            raise JobError(
+                f"a worker on {socket.gethostname()} has not what the job was planned with: "
+                f"{'; '.join(told[:4])}; install the same packages and the same model for both"
+            )
+        return str(found["revision"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
