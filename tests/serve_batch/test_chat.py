@@ -118,8 +118,8 @@ def test_a_job_that_takes_days_tells_the_day_that_it_was_planned(
     monkeypatch.setattr(
         Chat, "encode", lambda *a, now, **k: asked.append(now) or encode(*a, now=now, **k)
     )
-    fields = json.loads(folder.plan_file.read_text()) | {"date": "2026-03-04"}
-    folder.plan_file.write_text(json.dumps(fields))
+    fields = json.loads((folder.path / "_plan.json").read_text()) | {"date": "2026-03-04"}
+    (folder.path / "_plan.json").write_text(json.dumps(fields))
     for receipt in (folder.path / "_receipts").iterdir():
         receipt.unlink()
     assert run() == first

@@ -211,7 +211,7 @@ def test_the_portable_protocol_carries_the_job(model, write_jsonl, join_parts, t
     run_here(model, tmp_path, "ours")
     folder = OutputFolder(tmp_path / "theirs")
     folder.path.mkdir()
-    folder.plan_file.write_bytes((tmp_path / "ours" / "_plan.json").read_bytes())
+    (folder.path / "_plan.json").write_bytes((tmp_path / "ours" / "_plan.json").read_bytes())
     job = Job(model=model, output=folder, sampling=SAMPLED, slots=4, reports_progress=False)
     options = runners.pipeline_options(["--job_endpoint=embed", "--environment_type=LOOPBACK"])
     with runners.quiet():

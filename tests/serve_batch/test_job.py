@@ -208,7 +208,7 @@ def test_another_runner_writes_the_same_bytes(run, model, write_jsonl, join_part
     folder = OutputFolder(tmp_path / "theirs")
     folder.path.mkdir()
     plan = (tmp_path / "ours" / "_plan.json").read_bytes()
-    folder.plan_file.write_bytes(plan)
+    (folder.path / "_plan.json").write_bytes(plan)
     job = Job(model=model, output=folder, sampling=SAMPLED, slots=4, reports_progress=False)
     with runners.quiet():
         runners.run(job, "BundleBasedDirectRunner", runners.pipeline_options([]))

@@ -9,8 +9,9 @@ from core import Sampling
 from serve_batch import inputs as inputs_lib
 from serve_batch import plan as plan_lib
 from serve_batch import shards
+from serve_batch.errors import JobError
 from serve_batch.inputs import Input
-from serve_batch.plan import JobError, Plan
+from serve_batch.plan import Plan
 
 DEFAULTS = Sampling()
 FINGERPRINT = {

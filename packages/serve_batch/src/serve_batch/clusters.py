@@ -224,6 +224,5 @@ _RUNNERS: Mapping[str, tuple[Callable[[], PipelineRunner], _Check]] = {
     "PortableRunner": (Portable, _portable),
     "DataflowRunner": (lambda: create_runner("DataflowRunner"), _dataflow),
 }
-NAMES = tuple(_RUNNERS)
 WITH_A_JOB_SERVER = ("FlinkRunner", "SparkRunner", "PortableRunner")
 """Whose job server has options that Beam does not know in Python."""

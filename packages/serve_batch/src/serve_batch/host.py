@@ -24,7 +24,7 @@ from core.chat import Chat
 from core.chat import missing as template_missing
 from core.engine import Counters
 from serve_batch import plan
-from serve_batch.plan import JobError
+from serve_batch.errors import JobError
 from serve_batch.records import Conversation, LongPrompts
 
 K = TypeVar("K")

@@ -16,9 +16,10 @@ from core.config import PRECISIONS
 from serve_batch import inputs as inputs_lib
 from serve_batch import plan as plan_lib
 from serve_batch import processes, records, stores
+from serve_batch.errors import JobError, UsageError
 from serve_batch.inputs import Input
 from serve_batch.output import OutputFolder, Receipt
-from serve_batch.plan import JobError, Plan, Scalar, UsageError
+from serve_batch.plan import Plan, Scalar
 from serve_batch.records import RowError
 
 if TYPE_CHECKING:

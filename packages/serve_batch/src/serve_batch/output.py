@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from serve_batch import parts, stores
-from serve_batch.plan import JobError, Plan, Shard
+from serve_batch.errors import JobError
+from serve_batch.plan import Plan, Shard
 from serve_batch.stores import Store
-from serve_batch.stores import committing as committing
 
 _LOCK, _PLAN, _SUCCESS, _MANIFEST = "_lock", "_plan.json", "_SUCCESS", "manifest.json"
 _RECEIPTS, _ERRORS = "_receipts", "errors"
@@ -110,10 +110,6 @@ class OutputFolder:
         """Of a folder on this machine."""
         assert not stores.is_remote(self.place)
         return Path(self.place)
-
-    @property
-    def plan_file(self) -> Path:
-        return self.path / _PLAN
 
     @property
     def progress_file(self) -> Path:

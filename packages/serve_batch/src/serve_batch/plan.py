@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 from core.tokenizer import GENERATION_CONFIG, TOKENIZER_FILES
 from serve_batch import inputs as inputs_lib
 from serve_batch import records, stores
-from serve_batch.errors import JobError as JobError
-from serve_batch.errors import UsageError as UsageError
+from serve_batch.errors import JobError
 from serve_batch.inputs import Input
 
 if TYPE_CHECKING:

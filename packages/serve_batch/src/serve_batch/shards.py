@@ -17,8 +17,9 @@ from core import Completion, Request, RequestError, Sampling
 from serve_batch import asking, devices, host, inputs, parts, records, stores
 from serve_batch import plan as plan_lib
 from serve_batch.asking import Outcome
+from serve_batch.errors import JobError
 from serve_batch.output import OutputFolder, Receipt
-from serve_batch.plan import JobError, Plan, Shard
+from serve_batch.plan import Plan, Shard
 from serve_batch.records import LongPrompts, Prompt, RowError, Source
 
 REPORTED_ROWS = 64
