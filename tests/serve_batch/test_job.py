@@ -2,20 +2,24 @@
 
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import logging
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tqdm
 
 import core
 import serve_batch
 from serve_batch import host, records, runners
 from serve_batch import inputs as inputs_lib
+from serve_batch import job as job_lib
 from serve_batch import plan as plan_lib
 from serve_batch.output import OutputFolder
 from serve_batch.shards import Job
@@ -489,6 +493,24 @@ def test_a_worker_with_other_versions_another_tokenizer_or_other_settings_says_w
             dataclasses.replace(job, **changes).start()
 
 
+def test_progress_is_what_whole_lines_say_and_a_torn_one_waits_for_its_end(tmp_path):
+    path = tmp_path / "_progress"
+    path.write_bytes(b"5 40 1\n5 4\nnonsense\n\n-1 2 3\n\xff\n64 9")
+    bar, ended = tqdm.tqdm(total=100, file=io.StringIO()), threading.Event()
+    watcher = threading.Thread(target=job_lib._watch, args=(path, bar, ended))
+    watcher.start()
+    wait = time.monotonic() + 10
+    while bar.n < 5 and time.monotonic() < wait:
+        time.sleep(0.01)
+    with path.open("ab") as file:
+        file.write(b"0 2\n7 3 0")
+    ended.set()
+    watcher.join()
+    assert bar.n == 5 + 64
+    assert bar.postfix.endswith("3 errors")
+    bar.close()
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -505,6 +527,8 @@ def test_a_worker_with_other_versions_another_tokenizer_or_other_settings_says_w
         ({"long_prompts": "shorten"}, "long_prompts 'shorten' is not one of error, truncate_left"),
         ({"output_format": "csv"}, "output_format 'csv' is not one of jsonl, parquet"),
         ({"overwrite": True, "retry_errors": True}, "not both"),
+        ({"retry_errors": "bad_json"}, "retry_errors is 'bad_json'; expected True .* or a list"),
+        ({"retry_errors": []}, r"retry_errors is \[\]; expected True"),
         ({"beam_options": ["--nonsense=1"]}, "has no option --nonsense"),
         ({"beam_options": ["--runner=FlinkRunner"]}, "--runner after `--`"),
         ({"beam_options": ["--direct_num_workers=2"]}, "--direct_num_workers after `--`"),

@@ -192,7 +192,12 @@ def test_errors_of_some_codes_are_done_again_and_those_of_others_kept(failed, tm
     same = failed(retry_errors=["prompt_too_long"])
     assert (same["shards_done"], same["rows_done"], same["errors"]) == (2, 2, 4)
     assert contents(tmp_path / "out") == before  # the same settings give the same errors
-    assert failed(retry_errors=["chat_template_missing"])["shards_done"] == 0
+    with pytest.raises(
+        serve_batch.JobError,
+        match=r"has the code bad_jso or no_such; there are: bad_json 1, bad_parameter 1, prompt_too_long 2$",
+    ):
+        failed(retry_errors=["bad_jso", "no_such", "prompt_too_long"])
+    assert (tmp_path / "out" / "_SUCCESS").exists()
     settings: dict[str, Any] = {
         "long_prompts": "truncate_right",
         "sampling": core.Sampling(**{**SAMPLED, "max_new_tokens": 9}),
@@ -201,6 +206,10 @@ def test_errors_of_some_codes_are_done_again_and_those_of_others_kept(failed, tm
     assert some["errors_by_code"] == {"bad_json": 1, "bad_parameter": 1}
     more = failed(retry_errors=True, **settings)
     assert (more["errors_by_code"], more["shards_done"]) == ({"bad_json": 1}, 1)
+    # Killed after its last shard, the same command ends what is left to do.
+    (tmp_path / "out" / "_SUCCESS").unlink()
+    assert failed(retry_errors=["prompt_too_long"], **settings)["shards_done"] == 0
+    assert (tmp_path / "out" / "_SUCCESS").exists()
 
 
 def test_another_model_or_an_unfinished_job_is_not_retried(failed, model, tmp_path):

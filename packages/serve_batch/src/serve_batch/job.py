@@ -1,6 +1,7 @@
 """A batch job from its arguments to its manifest: lock, plan or resume, run, verify, publish."""
 
 import contextlib
+import re
 import sys
 import threading
 import time
@@ -77,8 +78,8 @@ def run(
       long_prompts: what is done with a prompt that the model's context does not hold, or that leaves no room for
         max_new_tokens: one of `records.LONG_PROMPTS`.
       output_format: one of `plan.OUTPUT_FORMATS`.
-      retry_errors: does the error rows of finished shards again, those with the given codes or all; sampling and other
-        settings may then differ from those of the job, the model may not.
+      retry_errors: does the error rows of finished shards again, all, or those with one of these codes; sampling and
+        other settings may then differ from those of the job, the model may not.
 
     Raises:
       UsageError: arguments that cannot be.
@@ -103,8 +104,10 @@ def run(
         max_error_rate=max_error_rate,
         long_prompts=long_prompts,
         output_format=output_format,
+        retry_errors=retry_errors,
         is_clear=not (overwrite and retry_errors),
     )
+    codes = None if retry_errors is False else _codes(retry_errors)
     folder = OutputFolder(stores.absolute(output))
     root, inputs = inputs_lib.find(patterns, output=folder.place)
     fingerprint = plan_lib.fingerprint(
@@ -127,10 +130,9 @@ def run(
             shard_size,
             fingerprint,
             overwrite=overwrite,
-            retries=retry_errors is not False,
+            codes=codes,
         )
         before = folder.receipts(plan)
-        codes = None if retry_errors is False else _codes(retry_errors)
         others = _others(plan, fingerprint)
         _expect_finished(folder, before, others)
         left = [
@@ -219,6 +221,7 @@ def _check(
     max_error_rate: float,
     long_prompts: str,
     output_format: str,
+    retry_errors: bool | Collection[str],
     is_clear: bool,
 ) -> None:
     """Raises UsageError for arguments that cannot be, before anything is read."""
@@ -239,6 +242,10 @@ def _check(
     if output_format not in plan_lib.OUTPUT_FORMATS:
         choices = ", ".join(plan_lib.OUTPUT_FORMATS)
         raise UsageError(f"output_format {output_format!r} is not one of {choices}")
+    if isinstance(retry_errors, str) or not (isinstance(retry_errors, bool) or retry_errors):
+        raise UsageError(
+            f"retry_errors is {retry_errors!r}; expected True for every error row, or a list of codes"
+        )
     if not is_clear:
         raise UsageError(
             "give --overwrite or --retry_errors, not both: one discards what the other keeps"
@@ -266,20 +273,40 @@ def _settle(
     fingerprint: Mapping[str, Scalar],
     *,
     overwrite: bool,
-    retries: bool = False,
+    codes: frozenset[str] | None,
 ) -> Plan:
-    """Returns the plan to carry out: the one that is there, if it is this job's, else a new one, written down."""
+    """Returns the plan to carry out: the one that is there, if it is this job's, else a new one, written down.
+
+    Of an error row with one of `codes` the settings may be others, if there are codes.
+    """
     plan = None if overwrite else folder.read_plan()
     if plan is None:
         plan = plan_lib.make(root, inputs, shard_size=shard_size, fingerprint=fingerprint)
         if overwrite:
             folder.clear()
         folder.write_plan(plan)
-    same = _of_plan(plan, _others(plan, fingerprint)) if retries else {}
+    same = _of_plan(plan, _others(plan, fingerprint)) if codes is not None else {}
     _expect_unchanged(folder, plan, root, inputs, {**fingerprint, **same})
+    _expect_codes(folder, plan, codes or frozenset())
     folder.remove_leftovers()
     folder.settle(plan)
     return plan
+
+
+def _expect_codes(folder: OutputFolder, plan: Plan, codes: frozenset[str]) -> None:
+    """Raises JobError where a job that is complete has no error rows with one of `codes`.
+
+    One that was killed as it did them again may have them behind it.
+    """
+    if not codes or not folder.is_complete():
+        return
+    there = sum((Counter(r.errors) for r in folder.receipts(plan) if r is not None), Counter())
+    if missing := sorted(codes - there.keys()):
+        told = ", ".join(f"{code} {count:,}" for code, count in sorted(there.items()))
+        raise JobError(
+            f"no error row in {folder.place} has the code {' or '.join(missing)}; "
+            f"there are: {told or 'none'}"
+        )
 
 
 def _expect_unchanged(
@@ -430,15 +457,21 @@ def _watch(path: Path, bar: tqdm.tqdm, ended: threading.Event) -> None:
     while not is_last:
         is_last = ended.wait(_PROGRESS_S)
         try:
-            with path.open("rb") as file:
-                file.seek(position)
-                lines = file.read().splitlines(keepends=True)
+            said, position = _said(path, position)
         except FileNotFoundError:
             continue
-        for line in lines:
-            position += len(line)
-            rows, more_tokens, more_errors = map(int, line.split())
+        for rows, more_tokens, more_errors in said:
             bar.update(rows)
             tokens, errors = tokens + more_tokens, errors + more_errors
         rate = tokens / (time.monotonic() - started)
         bar.set_postfix_str(f"{rate:,.0f} tokens/s, {errors} errors")
+
+
+def _said(path: Path, position: int) -> tuple[list[list[int]], int]:
+    """Returns what the lines after `position` say that are whole, and where they end; torn ones say nothing."""
+    with path.open("rb") as file:
+        file.seek(position)
+        content = file.read()
+    whole = content[: content.rfind(b"\n") + 1]
+    numbers = [line.split() for line in whole.splitlines() if re.fullmatch(rb"\d+ \d+ \d+", line)]
+    return [list(map(int, line)) for line in numbers], position + len(whole)

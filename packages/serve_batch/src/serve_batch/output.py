@@ -314,6 +314,9 @@ class OutputFolder:
     def publish(self, manifest: Mapping[str, Any]) -> None:
         self._write_json(_MANIFEST, manifest)
 
+    def is_complete(self) -> bool:
+        return _SUCCESS in self.store.sizes()
+
     def succeed(self) -> None:
         self._write_json(_SUCCESS, {})
 
