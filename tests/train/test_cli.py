@@ -189,7 +189,8 @@ def test_prepare_and_train_from_the_command_line(testdata: Path, tmp_path: Path)
         cwd=tmp_path,
     )
     assert looked.returncode == 0, looked.stderr
-    assert json.loads(looked.stdout).keys() == {"iter", "val_loss", "train_eval_loss"}
+    shown = {"iter", "val_loss", "train_eval_loss", "val_bits_per_byte"}
+    assert json.loads(looked.stdout).keys() == shown
 
 
 @pytest.mark.parametrize(
