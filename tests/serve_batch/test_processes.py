@@ -152,6 +152,7 @@ def test_what_a_worker_cannot_do_ends_the_job_with_the_reason(model, write, tmp_
     path = tmp_path / "out" / "_plan.json"
     plan = json.loads(path.read_bytes())
     plan["shards"][3][2] += 1
+    plan["shards"][4][1] += 1
     path.write_text(json.dumps(plan))
     with pytest.raises(JobError, match=r"^shard 3 failed: .* planned with 9 rows.*; finished sh"):
         locally(model, tmp_path, "out", workers=2)

@@ -152,7 +152,7 @@ class OutputFolder:
             return Plan.from_json(content)
         except ValueError as error:
             raise JobError(
-                f"{self.place}/{_PLAN} is not a plan that this version can read ({error!r}); "
+                f"{self.place}/{_PLAN} is not a plan that this version can read ({error}); "
                 "choose another output folder, or start anew with --overwrite"
             ) from error
 
