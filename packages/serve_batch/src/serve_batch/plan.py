@@ -269,7 +269,8 @@ def code_version(package: str) -> str:
         raise JobError(f"the package {package} is not installed")
     folder = Path(spec.submodule_search_locations[0])
     version = importlib.metadata.version(f"flaxmill-{package.replace('_', '-')}")
-    return f"{version}+{_digest(sorted(folder.rglob('*.py')))[:12]}"
+    sources = [path for path in folder.rglob("*") if path.suffix in (".py", ".cc", ".h")]
+    return f"{version}+{_digest(sorted(sources))[:12]}"
 
 
 def _digest(paths: Iterable[Path]) -> str:
