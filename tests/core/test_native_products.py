@@ -180,11 +180,14 @@ def test_a_weight_that_is_no_number_stays_in_its_output(form: tuple[str, str, in
 def test_few_rows_are_multiplied_here_while_serving(kernel: Any):
     dtype = jnp.bfloat16 if jax.tree.leaves(kernel)[0].dtype == jnp.bfloat16 else jnp.float32
     x = jnp.arange(18, dtype=dtype).reshape(3, 6)
-    apart, many = jnp.zeros((3, 6), dtype), jnp.zeros((native.ROWS + 1, 6), dtype)
+    is_int8 = jax.tree.leaves(kernel)[0].dtype == jnp.int8
+    most = native.ROWS_OF_INT8 if is_int8 else native.ROWS
+    apart, all_, many = (jnp.zeros((rows, 6), dtype) for rows in (3, most, most + 1))
     program = jax.make_jaxpr(lambda x: layers.linear(x, kernel, None))
     assert "ffi_call" not in str(program(x))
     with native.serving():
         assert "ffi_call" in str(program(apart))
+        assert "ffi_call" in str(program(all_))
         assert "ffi_call" not in str(program(many))
         served = jax.jit(lambda x: layers.linear(x, kernel, None))(x)
     expected = jax.jit(lambda x: layers.linear(x, kernel, None))(x)
