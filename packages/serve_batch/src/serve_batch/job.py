@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tqdm
 
-from core.config import PRECISIONS
 from serve_batch import inputs as inputs_lib
 from serve_batch import plan as plan_lib
 from serve_batch import processes, records, stores
@@ -227,18 +226,14 @@ def _check(
     """Raises UsageError for arguments that cannot be, before anything is read."""
     if not patterns or not all([*patterns, output]):
         raise UsageError("give --input=GLOB and --output=DIR")
-    for name, value in {"slots": slots, "shard_size": shard_size, "workers": workers}.items():
+    plan_lib.check_settings(slots=slots, precision=precision, long_prompts=long_prompts)
+    for name, value in {"shard_size": shard_size, "workers": workers}.items():
         if value < 1:
             raise UsageError(f"{name} is {value}; expected 1 or more")
-    if precision is not None and precision not in PRECISIONS:
-        raise UsageError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
     if workers > 1 and runner in _LOCAL_RUNNERS:
         processes.check(workers)
     if not 0 <= max_error_rate <= 1:
         raise UsageError(f"max_error_rate is {max_error_rate}; expected a share between 0 and 1")
-    if long_prompts not in records.LONG_PROMPTS:
-        choices = ", ".join(records.LONG_PROMPTS)
-        raise UsageError(f"long_prompts {long_prompts!r} is not one of {choices}")
     if output_format not in plan_lib.OUTPUT_FORMATS:
         choices = ", ".join(plan_lib.OUTPUT_FORMATS)
         raise UsageError(f"output_format {output_format!r} is not one of {choices}")

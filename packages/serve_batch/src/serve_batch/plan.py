@@ -18,10 +18,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
+from core.config import PRECISIONS
 from core.tokenizer import GENERATION_CONFIG, TOKENIZER_FILES
 from serve_batch import inputs as inputs_lib
 from serve_batch import records, stores
-from serve_batch.errors import JobError
+from serve_batch.errors import JobError, UsageError
 from serve_batch.inputs import Input
 
 if TYPE_CHECKING:
@@ -129,6 +130,17 @@ class Plan:
 def _expect(holds: bool, found: str) -> None:
     if not holds:
         raise ValueError(f"it has {found}")
+
+
+def check_settings(*, slots: int, precision: str | None, long_prompts: str) -> None:
+    """Raises UsageError for settings of an engine and its rows that cannot be."""
+    if slots < 1:
+        raise UsageError(f"slots is {slots}; expected 1 or more")
+    if precision is not None and precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+    if long_prompts not in records.LONG_PROMPTS:
+        choices = ", ".join(records.LONG_PROMPTS)
+        raise UsageError(f"long_prompts {long_prompts!r} is not one of {choices}")
 
 
 def make(

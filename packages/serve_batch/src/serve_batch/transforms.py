@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import core
-from core.config import PRECISIONS
 from serve_batch import asking, host, plan, records, runners
-from serve_batch.errors import UsageError
 from serve_batch.records import LongPrompts, Prompt, RowError, Source
 
 with runners.quiet():
@@ -60,13 +58,7 @@ class Serving:
         long_prompts: LongPrompts = "error",
     ) -> "Serving":
         """Raises UsageError for arguments that cannot be, core.CheckpointError where there is no model."""
-        if slots < 1:
-            raise UsageError(f"slots is {slots}; expected 1 or more")
-        if precision is not None and precision not in PRECISIONS:
-            raise UsageError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
-        if long_prompts not in records.LONG_PROMPTS:
-            known = ", ".join(records.LONG_PROMPTS)
-            raise UsageError(f"long_prompts {long_prompts!r} is not one of {known}")
+        plan.check_settings(slots=slots, precision=precision, long_prompts=long_prompts)
         folder = Path(plan.absolute_path(model))
         return cls(
             model=folder,
