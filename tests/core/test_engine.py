@@ -424,6 +424,22 @@ def test_a_long_prompt_goes_in_by_chunks(engine):
     ]
 
 
+@pytest.mark.parametrize(
+    ("length", "sizes"),
+    [(9, [16]), (24, [16, 16]), (25, [32]), (40, [32, 16]), (48, [32, 16]), (49, [64])],
+)
+def test_no_more_than_a_quarter_of_a_chunk_is_padding(engine, monkeypatch, length, sizes):
+    fed, prefill = [], decode.prefill
+
+    def watched(statics, params, state, tokens_1T, *rest):
+        fed.append(tokens_1T.shape[1])
+        return prefill(statics, params, state, tokens_1T, *rest)
+
+    monkeypatch.setattr(decode, "prefill", watched)
+    complete(engine, [Request("z" * length, GREEDY)])
+    assert fed == sizes
+
+
 def test_log_probabilities_come_without_alternatives_too(engine):
     (completion,) = complete(engine, [Request("a", Sampling(max_new_tokens=2, logprobs=0))])
     assert completion.logprobs is not None

@@ -4,7 +4,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ from typing import Any
 import pytest
 
 import clusters
-import core
 import serve_batch
+from batch_jobs import SAMPLED, run_here, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-SAMPLING = core.Sampling(max_new_tokens=6, temperature=0.9, top_k=40, seed=3)
 FLAGS = ["--max_new_tokens=6", "--temperature=0.9", "--top_k=40", "--seed=3", "--slots=4"]
 ROWS = [
     b"not JSON" if i % 11 == 7 else {"prompt": f"Prompt {i * 7919 % 1000}", "id": i}
@@ -56,14 +54,7 @@ def expect_the_same(
         assert (done.returncode, done.stdout, len(said)) == (0, "", 1), done.stderr
         assert "80 rows, 7 errors (bad_json 7); 10 of 10 shards in" in said[0]
         local = tmp_path / "local"
-        serve_batch.run(
-            model=model,
-            input=tmp_path / "input" / "*",
-            output=local,
-            sampling=SAMPLING,
-            slots=4,
-            shard_size=30,
-        )
+        run_here(model, tmp_path, "local", shard_size=30)
         assert join_parts(tmp_path / "out") == join_parts(local)
 
     return check
@@ -102,7 +93,7 @@ def test_a_flink_task_manager_that_is_killed_loses_nothing(
         job = subprocess.Popen([*command, "--shard_size=8", *flags, *pool], cwd=tmp_path, stderr=-1)
         with job:
             try:
-                _wait_for(lambda: len(list(out.glob("_receipts/*.json"))) >= 5, job)
+                wait_for(lambda: len(list(out.glob("_receipts/*.json"))) >= 5, job, limit_s=120)
                 first.kill()
                 done = {p: p.stat().st_mtime_ns for p in out.glob("part-*.jsonl")}
                 assert 5 <= len(done) < 100
@@ -119,7 +110,7 @@ def test_a_flink_task_manager_that_is_killed_loses_nothing(
     assert len([p for p, written in done.items() if p.stat().st_mtime_ns == written]) >= 5
     local = tmp_path / "local"
     paths = {"model": model, "input": tmp_path / "input" / "*", "output": local}
-    serve_batch.run(**paths, sampling=SAMPLING, slots=4)
+    serve_batch.run(**paths, sampling=SAMPLED, slots=4)
     assert join_parts(out) == join_parts(local)
 
 
@@ -132,7 +123,7 @@ def test_a_launcher_that_is_interrupted_ends_with_its_job_server(
         flags = ["--runner=FlinkRunner", "--", flink_server, f"--flink_master={flink.master}"]
         with subprocess.Popen([*command, "--shard_size=8", *flags, *pool], stderr=-1) as job:
             try:
-                _wait_for(lambda: list(out.glob("_receipts/*.json")), job)
+                wait_for(lambda: list(out.glob("_receipts/*.json")), job, limit_s=120)
                 job.send_signal(signal.SIGTERM)
                 _, said = job.communicate(timeout=60)
             finally:
@@ -150,14 +141,6 @@ def _runs(jar: str) -> Callable[[Path], bool]:
             return False
 
     return check
-
-
-def _wait_for(happened: Callable[[], object], job: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while not happened():
-        assert job.poll() is None, "the job ended before it could be disturbed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_spark_standalone_with_a_worker_pool(expect_the_same, pool, tmp_path):

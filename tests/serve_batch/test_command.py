@@ -16,13 +16,12 @@ from pathlib import Path
 
 import pytest
 
-import core
 import serve_batch
+from batch_jobs import SAMPLED, run_here, wait_for
 from serve_batch import runners
 from serve_batch.output import OutputFolder
 from serve_batch.shards import Job
 
-SAMPLED = core.Sampling(max_new_tokens=6, temperature=0.9, top_k=40, seed=3)
 FLAGS = ["--max_new_tokens=6", "--temperature=0.9", "--top_k=40", "--seed=3", "--slots=4"]
 
 
@@ -52,17 +51,6 @@ def black_hole() -> Iterator[str]:
 
 def call(command: list[str], **arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=200, **arguments)
-
-
-def run_here(model: Path, tmp_path: Path, output: str, **arguments) -> dict:
-    return serve_batch.run(
-        model=model,
-        input=tmp_path / "input" / "*",
-        output=tmp_path / output,
-        sampling=SAMPLED,
-        slots=4,
-        **arguments,
-    )
 
 
 def prompts(count: int) -> list[dict[str, str]]:
@@ -159,7 +147,7 @@ def test_a_job_that_was_killed_goes_on_and_loses_nothing(
     write_jsonl([*prompts(400), b"bad", *prompts(399)])
     out = tmp_path / "out"
     with subprocess.Popen([*command, "--shard_size=8"], env=environment) as job:
-        _wait_for(lambda: len(list(out.glob("_receipts/*.json"))) >= 5, job)
+        wait_for(lambda: len(list(out.glob("_receipts/*.json"))) >= 5, job)
         with pytest.raises(serve_batch.JobError, match=rf"another job \(process {job.pid} on "):
             run_here(model, tmp_path, "out")
         os.kill(job.pid, signal.SIGKILL)
@@ -187,7 +175,7 @@ def test_an_interrupted_job_ends_at_once_with_its_lock_released(
     write_jsonl(prompts(800))
     out = tmp_path / "out"
     with subprocess.Popen([*command, "--shard_size=8"], env=environment, stderr=-1) as job:
-        _wait_for(lambda: list(out.glob("_receipts/*.json")), job)
+        wait_for(lambda: list(out.glob("_receipts/*.json")), job)
         started = time.monotonic()
         job.send_signal(signal.SIGINT)
         assert job.stderr is not None
@@ -195,14 +183,6 @@ def test_an_interrupted_job_ends_at_once_with_its_lock_released(
     assert job.returncode == 130
     assert time.monotonic() - started < 30
     assert not (out / "_lock").exists()
-
-
-def _wait_for(happened, job: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 100
-    while not happened():
-        assert job.poll() is None, "the job ended before it could be disturbed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_the_portable_protocol_carries_the_job(model, write_jsonl, join_parts, tmp_path):

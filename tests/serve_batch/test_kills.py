@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 import core
 import serve_batch
 import tiny
+from batch_jobs import wait_for
 from core import checkpoint
 
 FLAGS = ["--max_new_tokens=6", "--temperature=0.9", "--top_k=40", "--seed=3", "--slots=4"]
@@ -32,14 +32,6 @@ def rows(count: int) -> list[Any]:
     return [
         b"bad" if i % 50 == 7 else {"prompt": f"Prompt {i * 7919 % 1000}"} for i in range(count)
     ]
-
-
-def wait_for(happened: Callable[[], object], job: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 100
-    while not happened():
-        assert job.poll() is None, "the job ended before it could be disturbed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -13,12 +13,10 @@ from typing import Any, cast
 
 import pytest
 
-import core
-import serve_batch
+from batch_jobs import run_here, wait_for
 from serve_batch import devices, processes
 from serve_batch.errors import JobError, UsageError
 
-SAMPLED = core.Sampling(max_new_tokens=6, temperature=0.9, top_k=40, seed=3)
 FLAGS = ["--max_new_tokens=6", "--temperature=0.9", "--top_k=40", "--seed=3", "--slots=4"]
 
 
@@ -35,17 +33,6 @@ def write(write_jsonl: Callable[..., Path]) -> Callable[[int], Path]:
     )
 
 
-def locally(model: Path, tmp_path: Path, output: str, **arguments) -> dict:
-    return serve_batch.run(
-        model=model,
-        input=tmp_path / "input" / "*",
-        output=tmp_path / output,
-        sampling=SAMPLED,
-        slots=4,
-        **arguments,
-    )
-
-
 def workers_of(launcher: int) -> list[int]:
     """Returns the process ids of a launcher's workers."""
     found = []
@@ -59,13 +46,6 @@ def workers_of(launcher: int) -> list[int]:
     return found
 
 
-def wait_for(happened: Callable[[], object], limit_s: float = 100) -> None:
-    deadline = time.monotonic() + limit_s
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def is_running(process: int) -> bool:
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
@@ -77,8 +57,8 @@ def is_running(process: int) -> bool:
 @pytest.mark.slow
 def test_two_workers_write_what_one_writes(model, write, join_parts, tmp_path):
     write(100)
-    two = locally(model, tmp_path, "two", workers=2, shard_size=8)
-    locally(model, tmp_path, "one", shard_size=30)
+    two = run_here(model, tmp_path, "two", workers=2, shard_size=8)
+    run_here(model, tmp_path, "one", shard_size=30)
     assert join_parts(tmp_path / "two") == join_parts(tmp_path / "one")
     assert (two["rows"], two["errors"], two["shards_done"]) == (100, 2, 13)
     assert workers_of(os.getpid()) == []
@@ -99,7 +79,7 @@ def test_a_worker_that_is_killed_is_done_without(command, model, write, join_par
     assert "75 of 75 shards" in summary
     assert not is_running(second)
     assert not list(out.rglob("*.tmp.*"))
-    locally(model, tmp_path, "one")
+    run_here(model, tmp_path, "one")
     assert join_parts(out) == join_parts(tmp_path / "one")
 
 
@@ -120,9 +100,9 @@ def test_when_every_worker_is_killed_the_job_ends_and_can_go_on(
     told = said.decode().splitlines()[-1]
     assert "the last of the worker processes was killed by SIGKILL; finished shards are" in told
     assert not list(out.rglob("*.tmp.*"))
-    again = locally(model, tmp_path, "out")
+    again = run_here(model, tmp_path, "out")
     assert 0 < again["shards_done"] <= 70
-    locally(model, tmp_path, "one")
+    run_here(model, tmp_path, "one")
     assert join_parts(out) == join_parts(tmp_path / "one")
 
 
@@ -146,7 +126,7 @@ def test_no_worker_outlives_its_launcher(command, write, tmp_path, how):
 @pytest.mark.slow
 def test_what_a_worker_cannot_do_ends_the_job_with_the_reason(model, write, tmp_path):
     write(40)
-    locally(model, tmp_path, "out", shard_size=8)
+    run_here(model, tmp_path, "out", shard_size=8)
     for receipt in (tmp_path / "out" / "_receipts").iterdir():
         receipt.unlink()
     path = tmp_path / "out" / "_plan.json"
@@ -155,7 +135,7 @@ def test_what_a_worker_cannot_do_ends_the_job_with_the_reason(model, write, tmp_
     plan["shards"][4][1] += 1
     path.write_text(json.dumps(plan))
     with pytest.raises(JobError, match=r"^shard 3 failed: .* planned with 9 rows.*; finished sh"):
-        locally(model, tmp_path, "out", workers=2)
+        run_here(model, tmp_path, "out", workers=2)
     assert workers_of(os.getpid()) == []
     assert not list((tmp_path / "out").rglob("*.tmp.*"))
 
@@ -178,7 +158,7 @@ def test_more_workers_than_accelerators_are_refused(model, write, tmp_path, monk
     write(2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(UsageError, match="workers is 3; this machine has accelerators for 2"):
-        locally(model, tmp_path, "out", workers=3)
+        run_here(model, tmp_path, "out", workers=3)
 
 
 def test_the_accelerators_are_those_that_are_seen(tmp_path, monkeypatch):
