@@ -12,6 +12,7 @@ SCRIPT = """
 import json, sys, time
 from pathlib import Path
 import core
+from core import Request
 from serve_batch import inputs, plan as plan_lib, shards
 from serve_batch.output import OutputFolder
 
@@ -28,7 +29,7 @@ class Answering:
 
     def complete(self, requests):
         for key, request in requests:
-            yield key, self.said if isinstance(request, core.Request) else request
+            yield key, self.said if isinstance(request, Request) else request
 
 def timed(shard, do):
     started = time.process_time()
@@ -83,12 +84,12 @@ def measure(folder: Path, rows: int) -> dict[str, Any]:
 def test_a_million_prompts_cost_little_beside_the_engine_and_no_more_memory_than_a_tenth(tmp_path):
     """Processor time, of the tenth of the shards that were least disturbed.
 
-    A busy machine makes everything slower, so it is counted in what the standard library takes, at the same time, to
-    read such a row from JSON and to write such a record: about 4 us where nothing else runs.
+    It is to be 10 us at most. A busy machine makes everything slower, so it is counted in what the standard library
+    takes, at the same time, to read such a row from JSON and to write such a record, about 6 us; it is 1.4 of that.
     """
     small, large = measure(tmp_path / "small", 100_000), measure(tmp_path / "large", 1_000_000)
     assert large["planned_s"] < 5
-    assert large["done_us"] <= 2.5 * large["json_us"], large
-    assert large["read_us"] <= 0.7 * large["json_us"], large
+    assert large["done_us"] <= 1.6 * large["json_us"], large
+    assert large["read_us"] <= 0.5 * large["json_us"], large
     assert large["mib"] < 200
     assert large["mib"] < small["mib"] + 30  # 16 MiB of them for finding duplicate ids

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar, cast
 import jax
 
 import core
-from core import decode, harmony, native
+from core import Completion, Request, RequestError, TokenizerError, decode, harmony, native
 from core.chat import Chat
 from core.chat import missing as template_missing
 from core.engine import Counters
@@ -29,7 +29,7 @@ from serve_batch.records import Conversation, LongPrompts
 
 K = TypeVar("K")
 E = TypeVar("E")
-Result = core.Completion | core.RequestError
+Result = Completion | RequestError
 
 PREFIX_CACHE_BYTES = 2**28
 """For what prompts have in common, such as a system prompt; it changes no result."""
@@ -63,8 +63,8 @@ class EngineHost:
         self._thread: threading.Thread | None = None
 
     def complete(
-        self, requests: Iterable[tuple[K, core.Request | E]]
-    ) -> Iterator[tuple[K, core.Completion | core.RequestError | E]]:
+        self, requests: Iterable[tuple[K, Request | E]]
+    ) -> Iterator[tuple[K, Completion | RequestError | E]]:
         """Yields a result for each request under its key, in order; what is no request comes back as it is.
 
         Requests are taken as they are needed. Anything raised means that the engine itself is broken.
@@ -105,8 +105,8 @@ class EngineHost:
         self._arrivals.put(None)
 
     @staticmethod
-    def _ask(key: K, request: core.Request | E, call: "Call[Any]") -> "_Awaited[K, E]":
-        if not isinstance(request, core.Request):
+    def _ask(key: K, request: Request | E, call: "Call[Any]") -> "_Awaited[K, E]":
+        if not isinstance(request, Request):
             return _Awaited(key, request)
         awaited: _Awaited[K, E] = _Awaited(key, None)
         call.ask(awaited, request)
@@ -184,7 +184,7 @@ class EngineHost:
                 who = line.popleft()
                 try:
                     open_[self._engine.submit(who.request)] = who
-                except core.RequestError as error:
+                except RequestError as error:
                     call.results.put((who.key, error))
             if not line:
                 del waiting[call]
@@ -214,21 +214,21 @@ class EngineHost:
         if isinstance(prompt, str):
             try:
                 tokens = () if tokenizer is None else tuple(tokenizer.encode(prompt))
-            except core.TokenizerError:
+            except TokenizerError:
                 tokens = ()
         length = self._engine.length
         most = length - max(new_tokens, 1) + 1  # the last token is produced, not fed
         if len(tokens) <= max(most, 0):
             return tokens or prompt, 0
         if most < 1:
-            raise core.RequestError(
+            raise RequestError(
                 "prompt_too_long",
                 f"max_new_tokens is {new_tokens}; with a context of {length} that leaves no room for a prompt",
             )
         lost = len(tokens) - most
         return (tokens[lost:] if policy == "truncate_left" else tokens[:most]), lost
 
-    def answer(self, completion: core.Completion, stop: Sequence[str]) -> Mapping[str, Any] | None:
+    def answer(self, completion: Completion, stop: Sequence[str]) -> Mapping[str, Any] | None:
         """Returns the channels of an answer, if that is how the model answers."""
         tokenizer = self._engine.tokenizer
         if tokenizer is None or not harmony.is_spoken_by(tokenizer):
@@ -243,7 +243,7 @@ class EngineHost:
     @property
     def _chat(self) -> Chat:
         if self._engine.tokenizer is None:
-            raise core.RequestError(
+            raise RequestError(
                 "tokenizer_missing", "this model has no tokenizer; give the prompt as token ids"
             )
         if self._found_chat is None:
@@ -264,7 +264,7 @@ class Call(Generic[K]):
         self.results: queue.SimpleQueue[tuple[K | None, Any]] = queue.SimpleQueue()
         self._host = host
 
-    def ask(self, key: K, request: core.Request) -> None:
+    def ask(self, key: K, request: Request) -> None:
         self._host._arrive(_Arrival(request, key, self))
         self.asked += 1
 
@@ -274,7 +274,7 @@ class Call(Generic[K]):
         Anything raised means that the engine itself is broken.
         """
         key, result = self.results.get()
-        if isinstance(result, BaseException) and not isinstance(result, core.RequestError):
+        if isinstance(result, BaseException) and not isinstance(result, RequestError):
             self.results.put((None, result))  # for whoever asks again
             raise result
         self.asked -= 1
@@ -294,12 +294,12 @@ class Call(Generic[K]):
 @dataclasses.dataclass(eq=False)
 class _Awaited(Generic[K, E]):
     key: K
-    result: core.Completion | core.RequestError | E | None
+    result: Completion | RequestError | E | None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Arrival:
-    request: core.Request
+    request: Request
     key: Any
     call: Call[Any]
 

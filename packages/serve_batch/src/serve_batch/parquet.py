@@ -310,8 +310,8 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _json_in(fields: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    spelled = {name: records.to_json(fields[name]) for name in names if fields[name] is not None}
-    return {**fields, **spelled}
+    there = [name for name in names if fields[name] is not None]
+    return {**fields, **{name: records.to_json(fields[name]).decode() for name in there}}
 
 
 def read_records(file: BinaryIO) -> Iterator[dict[str, Any]]:

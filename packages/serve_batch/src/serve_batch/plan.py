@@ -240,7 +240,7 @@ def fingerprint(
         **{name: code_version(name) for name in ("core", "serve_batch")},
         **{
             name: importlib.metadata.version(name)
-            for name in ("jax", "jaxlib", "jinja2", "pyarrow", "tokenizers")
+            for name in ("jax", "jaxlib", "jinja2", "msgspec", "pyarrow", "tokenizers")
         },
     }
 

@@ -5,14 +5,14 @@ as a `RowError` with a stable code. It knows nothing of files, engines or Beam.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from json.encoder import encode_basestring as _quoted
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import msgspec
 
 from core import chat
 from core.errors import RequestError
@@ -93,10 +93,9 @@ def parse(line: bytes, format: Format, defaults: "Sampling") -> Prompt | RowErro
     `line` may carry its line ending, and need not be whole if it is longer than `MAX_LINE_BYTES`.
     """
     try:
-        text = _decode(line)
         if format == "text":
-            return Prompt(prompt=text, sampling=defaults)
-        fields = _object(text)
+            return Prompt(prompt=_decode(line), sampling=defaults)
+        fields = _object(line)
     except _Refused as why:
         return RowError(code=why.code, message=str(why))
     return from_fields(fields, defaults)
@@ -143,23 +142,35 @@ def _decode(line: bytes) -> str:
     return text
 
 
-def _object(text: str) -> dict[str, Any]:
-    try:
-        text = text.strip(" \t\r\n")
-        value, end = _DECODER.raw_decode(text)
-        if end < len(text):
-            _DECODER.decode(text)  # looks for white space at both ends, and raises
-    except RecursionError:
-        raise _Refused("bad_json", "the JSON is nested too deeply") from None
-    except ValueError as error:
-        raise _Refused("bad_json", f"the line is not JSON: {error}") from error
+def _object(line: bytes) -> dict[str, Any]:
+    value = _json(line)
     if not isinstance(value, dict):
         raise _Refused(
             "not_an_object", f"expected a JSON object with a 'prompt', found {_named(value)}"
         )
-    if text.count("{") + text.count("[") > MAX_DEPTH and _is_too_deep(value):
+    if line.count(b"{") + line.count(b"[") > MAX_DEPTH and _is_too_deep(value):
         raise _Refused("bad_json", f"the JSON is nested deeper than {MAX_DEPTH}")
     return value
+
+
+def _json(line: bytes) -> Any:
+    """Returns what `line` holds, with every digit of its integers.
+
+    msgspec reads it where it can, three times as fast. It takes nothing that the standard library's strict reader does
+    not; that one says why of the rest, and takes the lone surrogates that msgspec does not.
+    """
+    if len(line) <= MAX_LINE_BYTES:
+        try:
+            return _READER.decode(line)
+        except (ValueError, RecursionError):
+            pass
+    text = _decode(line)
+    try:
+        return _STRICT.decode(text)
+    except RecursionError:
+        raise _Refused("bad_json", "the JSON is nested too deeply") from None
+    except ValueError as error:
+        raise _Refused("bad_json", f"the line is not JSON: {error}") from error
 
 
 def _is_too_deep(value: Any) -> bool:
@@ -182,7 +193,8 @@ def _finite(digits: str) -> float:
 
 
 # Strict JSON, so that what is passed through can be written as JSON again.
-_DECODER = json.JSONDecoder(parse_constant=_not_json, parse_float=_finite)
+_STRICT = json.JSONDecoder(parse_constant=_not_json, parse_float=_finite)
+_READER = msgspec.json.Decoder()
 
 
 def _take_id(fields: dict[str, Any]) -> str | int | None:
@@ -430,67 +442,27 @@ _NOTHING = {
     "samples": None,
 }
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+_ENCODER = msgspec.json.Encoder()
+_STRICT_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
-# Legal inside a JSON string, but readers that split lines as Python or JavaScript do would cut the record there;
-# surrogates cannot be written as UTF-8 at all.
-_ESCAPED = re.compile("[\x7f\x85\u2028\u2029\ud800-\udfff]")
+# Legal inside a JSON string, but readers that split lines as Python or JavaScript do would cut the record there.
+_ESCAPED = re.compile("[\x85\u2028\u2029]")
+
+
+def to_json(value: Any) -> bytes:
+    """Returns `value` as JSON that is one line to every reader: UTF-8, without white space."""
+    try:
+        written = _ENCODER.encode(value)
+    except UnicodeEncodeError:  # lone surrogates, which UTF-8 cannot hold
+        return _STRICT_ENCODER.encode(value).encode()
+    if written.isascii():
+        return written
+    return _ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", written.decode()).encode()
 
 
 def to_line(record: Mapping[str, Any]) -> bytes:
-    """Returns a record as one line of JSON, readable UTF-8, with its newline.
-
-    What `to_json` gives, spelled out: a record is mostly names, and the encoder takes twice as long over them.
-    """
-    r, source, model = record, record["source"], record["model"]
-    return _one_line(
-        f'{{"schema_version": {r["schema_version"]}, "id": {_spelled(r["id"])}, "index": {r["index"]}, '
-        f'"source": {{"file": {_quoted(source["file"])}, "offset": {source["offset"]}, "line": {source["line"]}}}, '
-        f'"status": "{r["status"]}", {_said(r)}, "seed": {_spelled(r["seed"])}, '
-        f'"model": {_model(model["name"], model["revision"])}, "input": {_spelled(r["input"])}}}\n'
-    ).encode()
-
-
-def _said(r: Mapping[str, Any]) -> str:
-    """Returns what lies between a record's status and its seed."""
-    if r["status"] == "error":
-        return _ENCODER.encode({name: r[name] for name in (*_NOTHING, "error")})[1:-1]
-    return (
-        f'"text": {_quoted(r["text"])}, "channels": {_spelled(r["channels"])}, '
-        f'"tool_calls": {_spelled(r["tool_calls"])}, "token_ids": {r["token_ids"]}, '
-        f'"finish_reason": "{r["finish_reason"]}", "logprobs": {_spelled(r["logprobs"])}, '
-        f'"completion_tokens": {r["completion_tokens"]}, "prompt_tokens": {r["prompt_tokens"]}, '
-        f'"truncated_tokens": {r["truncated_tokens"]}, "samples": {_spelled(r["samples"])}, "error": null'
-    )
-
-
-def _spelled(value: Any) -> str:
-    if value is None:
-        return "null"
-    kind = type(value)
-    if kind is str:
-        return _quoted(value)
-    if kind is int:
-        return str(value)
-    if kind is dict:  # an encoder costs more to set up than a few fields to spell
-        return f"{{{', '.join([f'{_quoted(name)}: {_spelled(v)}' for name, v in value.items()])}}}"
-    return _ENCODER.encode(value)
-
-
-@functools.lru_cache(maxsize=8)
-def _model(name: str, revision: str) -> str:
-    return _ENCODER.encode({"name": name, "revision": revision})
-
-
-def _one_line(text: str) -> str:
-    if text.isascii() and "\x7f" not in text:
-        return text
-    return _ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
-
-
-def to_json(value: Any) -> str:
-    """Returns `value` as JSON that is one line to every reader."""
-    return _one_line(_ENCODER.encode(value))
+    """Returns a record as one line of JSON, with its newline."""
+    return to_json(record) + b"\n"
 
 
 def from_json(text: str | bytes) -> Any:
