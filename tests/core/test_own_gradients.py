@@ -114,3 +114,12 @@ def test_a_bias_s_gradient_is_summed_in_float32(dtype: Any):
     expected = np.asarray(weights, np.float64).sum(0)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", layers.ACTIVATIONS)
+def test_an_activation_in_bfloat16_is_the_one_in_float32_rounded_once(name: str):
+    half = jnp.linspace(-12, 12, 4001).astype(jnp.bfloat16)
+    function = layers.ACTIVATIONS[name]
+    exact = function(half.astype(jnp.float32)).astype(jnp.bfloat16)
+    assert exact.dtype == function(half).dtype
+    np.testing.assert_array_equal(function(half), exact)

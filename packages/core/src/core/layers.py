@@ -85,7 +85,7 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
 @jax.custom_vjp
 def gelu_tanh(x: jax.Array) -> jax.Array:
     """GELU in its tanh form, OpenAI's `gelu_new` (Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2)."""
-    return jax.nn.gelu(x, approximate=True)
+    return jax.nn.gelu(widened(x), approximate=True).astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -94,7 +94,7 @@ def gelu_erf(x: jax.Array) -> jax.Array:
 
     With gradients Phi is (1 + erf) / 2 as in PyTorch, without them erfc / 2: they differ in the last bits.
     """
-    return jax.nn.gelu(x, approximate=False)
+    return jax.nn.gelu(widened(x), approximate=False).astype(x.dtype)
 
 
 # The slope is computed with the value, of which it shares the costly function, and is all that is kept.
@@ -124,7 +124,13 @@ gelu_erf.defvjp(_gelu_erf_forward, _gelu_backward)
 
 def quick_gelu(x: jax.Array) -> jax.Array:
     """The cheap GELU of the same paper, x * sigmoid(1.702 x)."""
-    return x * jax.nn.sigmoid(1.702 * x)
+    wide = widened(x)
+    return (wide * jax.nn.sigmoid(1.702 * wide)).astype(x.dtype)
+
+
+def silu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(x), of the same paper; swish with beta 1 (Ramachandran et al. 2017, arXiv:1710.05941)."""
+    return jax.nn.silu(widened(x)).astype(x.dtype)
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -133,10 +139,14 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_fast": gelu_tanh,
     "gelu": gelu_erf,
     "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
+    "silu": silu,
     "quick_gelu": quick_gelu,
 }
-"""By the names of `core.config.ACTIVATIONS`; three names of the tanh form differ in rounding only."""
+"""By the names of `core.config.ACTIVATIONS`; three names of the tanh form differ in rounding only.
+
+Each is computed in `wide_dtype` and rounded once: in bfloat16 XLA would round after every operation, which also takes it
+three times as long on a CPU (docs/log.md).
+"""
 
 
 def linear(x: jax.Array, kernel: Kernel, bias: jax.Array | None, *, inputs: int = 1) -> jax.Array:
