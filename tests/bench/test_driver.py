@@ -1,5 +1,6 @@
 """The driver with real processes: our own worker on tiny models, and contestants that misbehave."""
 
+import psutil
 import pytest
 
 from bench import driver, gate
@@ -8,6 +9,7 @@ from bench.peers import contestants
 from bench.peers.contestants import OURS, Contestant
 from bench.workloads import ONNX
 from bench_contestants import KINDS, SLEEPER, SLOWED, program, sleeper, workload
+from train import pages
 
 
 def ours() -> Contestant:
@@ -62,6 +64,12 @@ def test_short_calls_are_repeated_until_the_turn_is_long_enough_and_long_ones_ar
     rows = measured(field(sleeper("short", 0.001), sleeper("long", 0.03)), workload("decode"))
     assert all(len(turn) > 1 for turn in rows["short"].turns)  # a turn is 20 ms
     assert all(len(turn) == 1 for turn in rows["long"].turns)
+
+
+def test_a_long_call_is_made_once_a_turn_and_once_before_them(field, tmp_path):
+    counts = SLEEPER.replace("time.sleep(", "open('calls', 'a').write('.'); time.sleep(")
+    measured(field(program("long", counts, "0.03", '{"tokens": [[1, 2]]}')), workload("decode"))
+    assert (tmp_path / "long/calls").read_text() == 4 * "."
 
 
 @pytest.mark.parametrize(("patience_s", "turns"), [(0, 3), (60, 5)])
@@ -169,6 +177,23 @@ def test_a_contestant_that_hangs_half_way_loses_its_turns(field):
     assert (rows["hangs"].status, rows["hangs"].turns) == ("failed", ())
     assert rows["hangs"].reason == "no answer to 'run' within 5 s; stopped"
     assert len(rows["a"].samples) == 3
+
+
+HUGE = "os.environ.get('GLIBC_TUNABLES', '')"
+TOLD = SLEEPER.replace(
+    "return json.loads(sys.argv[2])",
+    f"return {{'tokens': [[1, 2]], 'facts': {{'huge': 'hugetlb=1' in {HUGE}, 'pid': os.getpid()}}}}",
+)
+
+
+def test_training_runs_in_a_process_of_its_own_with_large_pages_where_there_are_some(field):
+    both = field(program("a", TOLD, "0"))
+    kinds = ("forward", "train", "train", "decode")
+    found = [measured(both, workload(kind, rounds=1))["a"].facts for kind in kinds]
+    has_some = pages.tunables({}) is not None
+    assert [facts["huge"] for facts in found] == [False, has_some, has_some, False]
+    assert found[1]["pid"] == found[2]["pid"]
+    assert psutil.pid_exists(int(found[0]["pid"])) != has_some
 
 
 def test_a_broken_reference_leaves_the_others_measured(field):

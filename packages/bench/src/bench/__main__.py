@@ -1,11 +1,13 @@
 """Measures flaxmill beside its peers and writes a table, JSON, Markdown and a plot.
 
 python -m bench --suite=ci --out=out/bench
+python -m bench --suite=full --minutes=40, and later --resume
 python -m bench --compare=before/results.json,after/results.json
 """
 
 import re
 import shlex
+import signal
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +32,17 @@ _KEEP = flags.DEFINE_bool(
     "keep",
     False,
     "Keeps the checkpoints that are made (full: 28 GB) in --out/checkpoints for the next run.",
+)
+_MINUTES = flags.DEFINE_float(
+    "minutes",
+    None,
+    "Begins no workload after so many minutes; those that are left are told, and --resume measures them.",
+    lower_bound=0,
+)
+_RESUME = flags.DEFINE_bool(
+    "resume",
+    False,
+    "Goes on with the run in --out, killed or not: what it has measured on a quiet machine stays.",
 )
 _COMPARE = flags.DEFINE_list(
     "compare", [], "Measures nothing, and tells what changed between two results.json."
@@ -57,6 +70,7 @@ def main() -> None:
 
     from bench import run
 
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # files and processes are tidied
     failures, paths = run.run(
         chosen,
         suite=_SUITE.value,
@@ -64,6 +78,8 @@ def main() -> None:
         date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         out=Path(_OUT.value),
         keep=_KEEP.value,
+        resume=_RESUME.value,
+        minutes=_MINUTES.value,
     )
     print("written: " + ", ".join(str(path) for path in paths), file=sys.stderr)
     if failures:

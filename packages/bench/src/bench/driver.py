@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench import comparison, machine, shapes, weights
-from bench.peers.contestants import Contestant
+from bench.peers.contestants import OURS, Contestant, settings_for
 from bench.peers.process import Worker, WorkerError
 from bench.peers.protocol import Usage
 from bench.shapes import AnyShape
@@ -29,8 +29,12 @@ JUDGED_ROWS = 8  # of those whose tokens are not the reference's
 TURN_S = 0.3  # long enough that the clock and the first cold call weigh nothing
 MAX_REPEATS = 100
 TIMEOUT_S = 300.0
-PATIENCE_S = 60.0  # for the turns of one workload; beyond it, no more rounds than LEAST_ROUNDS
+PATIENCE_S = 12.0  # for the turns of one workload; beyond it, no more rounds than LEAST_ROUNDS
 LEAST_ROUNDS = 3
+# Whoever computes for longer takes no turns, for which the others would wait; compilers do when a machine is busy.
+FIRST_CALL_S = 120.0  # beside what reading a checkpoint may take
+CALL_S = 60.0
+CHANCES = 2  # after so many first calls that took too long, a contestant is not asked for more of the kind
 SLOWEST_BYTES_PER_S = 60e6  # of whoever reads and writes a checkpoint; below it, it hangs
 SPARE_BYTES = 10**9  # of the disk, left to others
 GIANT_SPARE_BYTES = 3 * 10**9  # of the memory, beside the model's pages
@@ -101,11 +105,18 @@ class Field:
         timeout_s: float = TIMEOUT_S,
         turn_s: float = TURN_S,
         patience_s: float = PATIENCE_S,
+        first_call_s: float = FIRST_CALL_S,
+        call_s: float = CALL_S,
     ) -> None:
         self.contestants, self.turn_s, self.patience_s = contestants, turn_s, patience_s
+        self.first_call_s, self.call_s = first_call_s, call_s
         self.hellos: dict[str, dict[str, Any]] = {}
+        self.late: dict[
+            tuple[str, Kind], list[str]
+        ] = {}  # workloads whose first call took too long
         self._env, self._scratch, self._logs, self._timeout_s = env, scratch, logs, timeout_s
         self._workers: dict[str, Worker] = {}
+        self._settings: dict[str, Mapping[str, str]] = {}
         self._weights, self._keeps = kept or scratch / "weights", kept is not None
 
     def __enter__(self) -> "Field":
@@ -116,16 +127,25 @@ class Field:
             worker.close()
 
     def ask(
-        self, contestant: Contestant, do: str, *, more_s: float = 0.0, **arguments: Any
+        self,
+        contestant: Contestant,
+        do: str,
+        *,
+        more_s: float = 0.0,
+        within_s: float | None = None,
+        **arguments: Any,
     ) -> dict[str, Any]:
         """Passes a request on to the contestant's process, which has `more_s` beyond the time for any request.
+
+        Or it has `within_s` alone, where that is given.
 
         Raises:
           WorkerError: with the reason; a lost process is started anew by the next request.
         """
         try:
             worker = self._worker(contestant)
-            return worker.ask(do, timeout_s=self._timeout_s + more_s, **arguments)
+            timeout_s = self._timeout_s + more_s if within_s is None else within_s
+            return worker.ask(do, timeout_s=timeout_s, **arguments)
         except WorkerError as error:
             if error.lost:
                 self._workers.pop(contestant.name, None)
@@ -137,10 +157,19 @@ class Field:
             cwd = self._scratch / slug
             cwd.mkdir(exist_ok=True)
             log = self._logs / f"{slug}.log"
-            worker = Worker(contestant.command, env=self._env, cwd=cwd, log=log)
+            env = {**self._env, **self._settings.get(contestant.name, {})}
+            worker = Worker(contestant.command, env=env, cwd=cwd, log=log)
             self._workers[contestant.name] = worker
             self.hellos[contestant.name] = worker.ask("hello", timeout_s=self._timeout_s)
         return self._workers[contestant.name]
+
+    def settle(self, contestant: Contestant, kind: Kind) -> None:
+        """Has the contestant's next answers come from a process with the settings that this kind of work has."""
+        settings = settings_for(kind, self._env)
+        if settings != self._settings.get(contestant.name, {}):
+            self._settings[contestant.name] = settings
+            if worker := self._workers.pop(contestant.name, None):
+                worker.close()
 
     def weights(self, shape: AnyShape) -> Path:
         """Returns the folder with this shape's weights, written on first use."""
@@ -227,14 +256,30 @@ class _Disagreement(Exception):
     """A contestant computed something else than the reference; the text says what."""
 
 
+class _TooSlow(Exception):
+    """A contestant takes longer than the others can wait for; the text says by what."""
+
+
+def unmeasured(field: Field, workload: Workload, reason: str) -> list[Row]:
+    """Returns the rows of a workload that nobody is asked for."""
+    return [
+        Row(workload=workload, contestant=c.name, status="not run", reason=reason)
+        for c in entrants(field, workload)
+    ]
+
+
 class _Race:
     """One workload: preparation, agreement, turns. Rows are replaced as the contestants get on."""
 
     def __init__(self, field: Field, workload: Workload, advance: Callable[[str], None]) -> None:
         self.field, self.workload, self.advance = field, workload, advance
-        self.repeats: dict[Contestant, int] = {}  # of those still running
+        self.repeats: dict[
+            Contestant, int | None
+        ] = {}  # of those still running; None: not known yet
         disk = field.obstacle(workload)
-        reasons = {c: c.obstacle(workload) or disk for c in entrants(field, workload)}
+        reasons = {
+            c: c.obstacle(workload) or disk or self._lateness(c) for c in entrants(field, workload)
+        }
         self.running = [c for c, reason in reasons.items() if not reason]
         self.rows = {
             c.name: Row(workload=workload, contestant=c.name, status="not run", reason=reason)
@@ -245,6 +290,12 @@ class _Race:
         if workload.kind not in COMPUTES:  # some read and write a checkpoint a few times over
             self.more_s = 4 * workload.output_bytes / SLOWEST_BYTES_PER_S
 
+    def _lateness(self, contestant: Contestant) -> str:
+        known = self.field.late.get((contestant.name, self.workload.kind), [])
+        if contestant.name == OURS or len(known) < CHANCES:
+            return ""
+        return f"its first calls of {' and '.join(known)} took too long"
+
     def run(self) -> list[Row]:
         reference: dict[str, Any] | None = None
         for contestant in self.running:
@@ -254,7 +305,7 @@ class _Race:
                 reference = reference or outputs
                 self.judge = self.judge or contestant
                 self._check(contestant, reference, outputs)
-                self.repeats[contestant] = self._repeats(contestant)
+                self.repeats[contestant] = 1 if self.workload.kind in OWN_PROCESS else None
         neighbours, deadline = machine.Neighbours(), time.monotonic() + self.field.patience_s
         for turn in range(self.workload.rounds):
             if turn >= LEAST_ROUNDS and time.monotonic() > deadline:
@@ -276,23 +327,49 @@ class _Race:
         """Turns what goes wrong into the contestant's row, and takes it out of the race."""
         try:
             yield
-        except (WorkerError, _Disagreement) as error:
-            is_broken = isinstance(error, WorkerError)
-            is_unable = isinstance(error, WorkerError) and error.unable
-            status = "not run" if is_unable else "failed" if is_broken else "wrong"
+        except (WorkerError, _Disagreement, _TooSlow) as error:
+            status: Status = "failed"
+            if isinstance(error, _Disagreement):
+                status = "wrong"
+            elif isinstance(error, _TooSlow):
+                status = "failed" if contestant.name == OURS else "not run"
+            elif error.unable:
+                status = "not run"
             self._set(contestant, status=status, reason=str(error), turns=(), usages=())
             self.repeats.pop(contestant, None)
 
     def _ask(self, contestant: Contestant, do: str, **arguments: Any) -> dict[str, Any]:
         return self.field.ask(contestant, do, more_s=self.more_s, **arguments)
 
+    def _ask_within(
+        self, contestant: Contestant, within_s: float, what: str, do: str, **arguments: Any
+    ) -> dict[str, Any]:
+        """Asks for work that others wait for; what has a process of its own may take as long as any request."""
+        if self.workload.kind not in COMPUTES:
+            return self._ask(contestant, do, **arguments)
+        try:
+            return self.field.ask(contestant, do, within_s=within_s, **arguments)
+        except WorkerError as error:
+            if not error.late:
+                raise
+            raise _TooSlow(f"took more than {within_s:.3g} s {what}") from error
+
     def _prepare(self, contestant: Contestant) -> dict[str, Any]:
-        answer = self._ask(
-            contestant,
-            "prepare",
-            workload=self.workload.to_dict(),
-            weights=str(self.field.weights(self.workload.shape)),
-        )
+        workload, weights = self.workload, self.field.weights(self.workload.shape)
+        self.field.settle(contestant, workload.kind)
+        within_s = self.field.first_call_s + workload.source_bytes / SLOWEST_BYTES_PER_S
+        try:
+            answer = self._ask_within(
+                contestant,
+                within_s,
+                "to load, to compile and for a first call",
+                "prepare",
+                workload=workload.to_dict(),
+                weights=str(weights),
+            )
+        except _TooSlow:
+            self.field.late.setdefault((contestant.name, workload.kind), []).append(workload.name)
+            raise
         self._set(contestant, first_call_s=answer["first_call_s"])
         outputs = self._ask(contestant, "outputs")
         self._set(contestant, facts=outputs.pop("facts", {}))
@@ -326,16 +403,23 @@ class _Race:
         self._set(contestant, facts=facts)
         return comparison.judged(answer["shortfalls"], self.workload.precision)
 
-    def _repeats(self, contestant: Contestant) -> int:
-        if self.workload.kind in OWN_PROCESS:
-            return 1
-        (once_s,) = self._ask(contestant, "run", repeats=1, warm=False)["seconds"]
-        return min(MAX_REPEATS, math.ceil(self.field.turn_s / once_s))
-
     def _turn(self, contestant: Contestant) -> None:
+        """Lets it compute for a turn's length, or once; the first turn finds out how many calls that takes."""
         repeats = self.repeats[contestant]
+        if repeats is None:
+            answer = self._ask_within(
+                contestant, self.field.call_s, "a call", "run", repeats=1, warm=False
+            )
+            (once_s,) = answer["seconds"]
+            repeats = min(MAX_REPEATS, math.ceil(self.field.turn_s / once_s))
+            self.repeats[contestant] = repeats
+            if repeats == 1:
+                self._record(contestant, answer)
+                return
         # A cold start matters to short calls only; where one call fills the turn, a second one would double the time.
-        answer = self._ask(contestant, "run", repeats=repeats, warm=repeats > 1)
+        self._record(contestant, self._ask(contestant, "run", repeats=repeats, warm=repeats > 1))
+
+    def _record(self, contestant: Contestant, answer: Mapping[str, Any]) -> None:
         row = self.rows[contestant.name]
         self._set(
             contestant,

@@ -136,16 +136,27 @@ def write(report: Report, out: Path) -> list[Path]:
 
     A picture that has nothing to show is left out, and an earlier one removed.
     """
-    results = json.dumps(report.to_dict(), indent=1) + "\n"
-    # Thousands of samples: a list of numbers is one line.
-    results = re.sub(r"\[[-+.\deE,\s]+\]", lambda m: " ".join(m[0].split()), results)
     return [
-        _replace(out / "results.json", results.encode()),
+        _replace(out / "results.json", _samples(report)),
         _replace(out / "results.md", markdown(report).encode()),
         _replace(out / "results.png", picture(report)),
         *_optional(out / "roofline.png", roofline(report)),
         *_optional(out / "latency.png", latency(report)),
     ]
+
+
+def keep(report: Report, out: Path) -> None:
+    """Writes results.json alone, and removes what was drawn of another state of it."""
+    for name in ("results.md", "results.png", "roofline.png", "latency.png"):
+        (out / name).unlink(missing_ok=True)
+    _replace(out / "results.json", _samples(report))
+
+
+def _samples(report: Report) -> bytes:
+    results = json.dumps(report.to_dict(), indent=1) + "\n"
+    # Thousands of samples: a list of numbers is one line.
+    results = re.sub(r"\[[-+.\deE,\s]+\]", lambda m: " ".join(m[0].split()), results)
+    return results.encode()
 
 
 def _optional(path: Path, content: bytes | None) -> list[Path]:

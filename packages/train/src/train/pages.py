@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-_TUNABLES = "GLIBC_TUNABLES"
+TUNABLES = "GLIBC_TUNABLES"
 _HUGE = "glibc.malloc.hugetlb"
 _MODE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -34,16 +34,21 @@ def keep() -> None:
 
 def start_again_with_huge() -> None:
     """Returns if there is nothing to be gained, else starts this very program again, with its arguments."""
-    tunables = wanted(os.environ, _mode())
-    if tunables is not None:
-        os.environ[_TUNABLES] = tunables
+    asked = tunables(os.environ)
+    if asked is not None:
+        os.environ[TUNABLES] = asked
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def tunables(environment: Mapping[str, str]) -> str | None:
+    """Returns what GLIBC_TUNABLES should be on this system; None where there is nothing to be gained by it."""
+    return wanted(environment, _mode())
+
+
 def wanted(environment: Mapping[str, str], mode: str) -> str | None:
     """Returns what GLIBC_TUNABLES should be; None where the user has decided, or the system gives none when asked."""
-    given = environment.get(_TUNABLES, "")
+    given = environment.get(TUNABLES, "")
     if _HUGE in given or "[madvise]" not in mode:
         return None
     return ":".join(filter(None, [given, f"{_HUGE}=1"]))

@@ -17,6 +17,7 @@ from bench import machine, workloads
 from bench.peers.process import BENCH, command
 from bench.shapes import GptOssShape
 from bench.workloads import Workload
+from train import pages
 
 OURS, STATIC_BATCH, ENGINE = "flaxmill", "flaxmill, equal lengths", "flaxmill, engine alone"
 EVERYTHING: frozenset[workloads.Kind] = frozenset(get_args(workloads.Kind))
@@ -235,6 +236,16 @@ def _missing(python: Path, *modules: str) -> str:
         return f"is not a working Python ({type(error).__name__})"
     absent = answer.stdout.split()
     return f"has no {' and no '.join(absent)}" if absent else ""
+
+
+def settings_for(kind: workloads.Kind, base: Mapping[str, str]) -> dict[str, str]:
+    """Returns what a worker's environment has for one kind of work beyond `base`.
+
+    Training takes large pages from the C library, where the system has them: `python -m train` starts itself so, and
+    PyTorch is no slower for it (docs/log.md).
+    """
+    tunables = pages.tunables(base) if kind == "train" else None
+    return {} if tunables is None else {pages.TUNABLES: tunables}
 
 
 def environment(

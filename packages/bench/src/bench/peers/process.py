@@ -38,12 +38,15 @@ def command(python: Path, module: str, *arguments: str) -> tuple[str, ...]:
 class WorkerError(Exception):
     """A contestant could not answer; the text says why.
 
-    `lost` tells that its process is gone, `unable` that nothing broke: it has not got what was asked for.
+    `lost` tells that its process is gone, `unable` that nothing broke: it has not got what was asked for; `late` that
+    it was stopped because its time was over.
     """
 
-    def __init__(self, reason: str, *, lost: bool, unable: bool = False) -> None:
+    def __init__(
+        self, reason: str, *, lost: bool, unable: bool = False, late: bool = False
+    ) -> None:
         super().__init__(reason)
-        self.lost, self.unable = lost, unable
+        self.lost, self.unable, self.late = lost, unable, late
 
 
 class Worker:
@@ -99,7 +102,8 @@ class Worker:
         try:
             line = self._lines.get(timeout=timeout_s)
         except queue.Empty:
-            raise self._lost(f"no answer to {do!r} within {timeout_s:g} s; stopped") from None
+            reason = f"no answer to {do!r} within {timeout_s:g} s; stopped"
+            raise self._lost(reason, late=True) from None
         if line is None:
             raise self._lost(self._death())
         return self._understood(line)
@@ -123,9 +127,9 @@ class Worker:
             self._lines.put(line)
         self._lines.put(None)
 
-    def _lost(self, reason: str) -> WorkerError:
+    def _lost(self, reason: str, *, late: bool = False) -> WorkerError:
         self.close()
-        return WorkerError(reason, lost=True)
+        return WorkerError(reason, lost=True, late=late)
 
     def _death(self) -> str:
         """Says how the process ended, with the last thing it wrote to stderr."""
