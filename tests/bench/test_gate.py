@@ -93,6 +93,25 @@ def test_a_copy_for_each_process_is_caught(together, outcome):
     assert verdict.outcome == outcome
 
 
+PRODUCTS = "gemm_float32_flops_per_s"
+
+
+@pytest.mark.parametrize(
+    ("ours", "torch", "outcome"),
+    [
+        (200.0, 100.0, "failed"),  # 1.4x where products are twice as fast: 1.5x is asked for
+        (120.0, 100.0, "passed"),  # 1x is, which is more than 0.9x
+        (100.0, None, "passed"),
+    ],
+)
+def test_more_is_asked_for_where_our_products_lead(ours, torch, outcome):
+    rule = Threshold(WORKLOAD.name, "peer", 1.0, of_lead=0.75)
+    rates = {OURS: {PRODUCTS: ours}, "torch eager": {PRODUCTS: torch} if torch else {}}
+    (found,) = gate.judge([row(OURS, 1, 1), row("peer", 1.4, 1.4)], [rule], rates)
+    assert found.outcome == outcome
+    assert found.threshold.asked == f"at least {1.5 if outcome == 'failed' else 1:g}x of peer"
+
+
 def test_workloads_without_a_threshold_get_no_verdict():
     assert gate.judge([row(OURS, 1), row("peer", 9)], [Threshold("decode-.*", "peer", 1)]) == []
 

@@ -117,7 +117,7 @@ def _measured(
 
 
 def _judged(found: report.Report, thresholds: Sequence[gate.Rule]) -> report.Report:
-    return dataclasses.replace(found, verdicts=gate.judge(found.rows, thresholds))
+    return dataclasses.replace(found, verdicts=gate.judge(found.rows, thresholds, found.ceilings))
 
 
 def _with_ceilings(found: report.Report, field: Field) -> report.Report:

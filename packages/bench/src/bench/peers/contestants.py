@@ -20,6 +20,7 @@ from bench.workloads import Workload
 from train import pages
 
 OURS, STATIC_BATCH, ENGINE = "flaxmill", "flaxmill, equal lengths", "flaxmill, engine alone"
+TORCH = "torch eager"
 EVERYTHING: frozenset[workloads.Kind] = frozenset(get_args(workloads.Kind))
 PEERS_PYTHON = "FLAXMILL_PEERS_PYTHON"
 
@@ -58,7 +59,7 @@ def contestants(*, device: str, threads: int) -> tuple[Contestant, ...]:
             "pytorch",
             *(mode, device, str(threads)),
             kinds=frozenset(kinds),
-            tells_ceilings=name == "torch eager",  # which all of them would tell
+            tells_ceilings=name == TORCH,  # which all of them would tell
             refuses=_unfit_for_torch,
         )
 
@@ -66,7 +67,7 @@ def contestants(*, device: str, threads: int) -> tuple[Contestant, ...]:
         _ours(OURS, "doors", *EVERYTHING),
         _ours(STATIC_BATCH, "static", "serve"),
         _ours(ENGINE, "engine", "batch"),
-        torch("torch eager", "eager", "forward", "train", "open", "import"),
+        torch(TORCH, "eager", "forward", "train", "open", "import"),
         torch(workloads.TORCH_COMPILE, "compile", "forward", "train", "compile"),
         torch(workloads.GENERATE, "eager", "prefill", "decode", "serve", "start"),
         torch(workloads.COMPILED, "compile", "decode"),
