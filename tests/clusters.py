@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import ipaddress
 import json
 import os
 import shutil
@@ -234,24 +235,68 @@ def daemon(
         found.kill()
 
 
-def answers(port: int) -> bool:
+def answers(port: int, host: str = "localhost") -> bool:
     try:
-        socket.create_connection(("localhost", port), 1).close()
+        socket.create_connection((host, port), 1).close()
     except OSError:
         return False
     return True
 
 
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """Another machine, as far as the network goes: a namespace, with one wire between it and this one."""
+
+    wire: str
+    here: str
+    """The address of this machine's end; what is sent there does not leave this machine."""
+    there: str
+    enter: tuple[str, ...]
+    """What a command that is to run there begins with."""
+
+    def cut(self) -> None:
+        _run(["ip", "link", "set", self.wire, "down"])
+
+
 @contextlib.contextmanager
-def worker_pool(folder: Path, **environment: str) -> Iterator[str]:
+def node(folder: Path) -> Iterator[Node]:
+    """Yields a node; its namespace has no name, so nothing is left of it when the tests die."""
+    own = Path("/proc/self/ns/net").readlink()
+    number = os.getpid() % 2**15
+    here = ipaddress.IPv4Address("198.18.0.1") + 4 * number  # a network for measurements, nobody's
+    try:
+        _run(["unshare", "--net", "true"])
+        with daemon(["unshare", "--net", "sleep", "infinity"], folder, "node") as holder:
+            space = Path(f"/proc/{holder.process.pid}/ns/net")
+            holder.wait_for(lambda: space.readlink() != own, "namespace")
+            made = Node(f"flax{number}", str(here), str(here + 1), ("nsenter", f"--net={space}"))
+            wire = ["ip", "link", "add", made.wire, "type", "veth", "peer", "name", made.wire]
+            _run([*wire, "netns", str(holder.process.pid)])
+            try:
+                for begin, address in (((), made.here), (made.enter, made.there)):
+                    _run([*begin, "ip", "address", "add", f"{address}/30", "dev", made.wire])
+                    _run([*begin, "ip", "link", "set", made.wire, "up"])
+                _run([*made.enter, "ip", "link", "set", "lo", "up"])
+                yield made
+            finally:  # what waits there for an answer would keep it for minutes
+                _run(["ip", "link", "delete", made.wire])
+    except Missing as why:
+        pytest.skip(f"network namespaces: {why}")
+
+
+@contextlib.contextmanager
+def worker_pool(
+    folder: Path, *, port: int = 0, node: Node | None = None, **environment: str
+) -> Iterator[str]:
     """Yields the address of a worker pool, as on every node of a cluster: `python` is that of the tests."""
-    port = free_port()
+    port = port or free_port()
     module = "apache_beam.runners.worker.worker_pool_main"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = [sys.executable, "-m", module, f"--service_port={port}"]
+    command = [*(node.enter if node else ()), sys.executable, "-m", module]
     environment |= {"PATH": path, "JAX_PLATFORMS": "cpu"}
-    with daemon(command, folder, "worker-pool", **environment) as pool:
-        pool.wait_for(lambda: answers(port), "answer of the worker pool")
+    host = node.there if node else "localhost"
+    with daemon([*command, f"--service_port={port}"], folder, "worker-pool", **environment) as pool:
+        pool.wait_for(lambda: answers(port, host), "answer of the worker pool")
         yield f"localhost:{port}"
 
 
@@ -261,13 +306,13 @@ def _json(address: str) -> dict[str, Any]:
 
 
 _FLINK_CONF = """
-jobmanager.rpc.address: localhost
+jobmanager.rpc.address: {host}
 jobmanager.rpc.port: {rpc}
-jobmanager.bind-host: localhost
+jobmanager.bind-host: {bind}
 rest.address: localhost
 rest.port: {rest}
 rest.bind-port: {rest}
-taskmanager.host: localhost
+taskmanager.host: {host}
 taskmanager.numberOfTaskSlots: 2
 taskmanager.cpu.cores: 2
 taskmanager.memory.framework.heap.size: 64m
@@ -304,9 +349,11 @@ class Flink:
         return {manager["id"] for manager in _json(f"{self.master}/taskmanagers")["taskmanagers"]}
 
     @contextlib.contextmanager
-    def task_manager(self, name: str) -> Iterator[Daemon]:
+    def task_manager(self, name: str, node: Node | None = None) -> Iterator[Daemon]:
         main = "org.apache.flink.runtime.taskexecutor.TaskManagerRunner"
         command = [*self._command, "-Xmx768m", main, "--configDir", str(self.folder)]
+        if node:
+            command = [*node.enter, *command, "-D", f"taskmanager.host={node.there}"]
         before = self._task_managers()
         with daemon(command, self.folder, name) as manager:
             manager.wait_for(lambda: self._task_managers() - before, "task manager of Flink's")
@@ -314,11 +361,13 @@ class Flink:
 
 
 @contextlib.contextmanager
-def flink(folder: Path) -> Iterator[Flink]:
-    """Yields a Flink cluster without task managers yet."""
+def flink(folder: Path, host: str = "localhost") -> Iterator[Flink]:
+    """Yields a Flink cluster without task managers yet, which find it at `host`."""
     jars = fetched("flink") / "pyflink" / "lib"
     rest = free_port()
-    conf = _FLINK_CONF.format(rpc=free_port(), rest=rest, folder=folder)
+    bind = host if host == "localhost" else "0.0.0.0"  # it calls itself localhost in any case
+    ports = {"rpc": free_port(), "rest": rest}
+    conf = _FLINK_CONF.format(host=host, bind=bind, folder=folder, **ports)
     (folder / "flink-conf.yaml").write_text(conf)
     found = Flink(f"localhost:{rest}", folder, [*JAVA, "-cp", f"{jars}/*"])
     main = "org.apache.flink.runtime.entrypoint.StandaloneSessionClusterEntrypoint"

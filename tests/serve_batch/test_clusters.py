@@ -6,13 +6,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import clusters
-import serve_batch
-from batch_jobs import SAMPLED, run_here, wait_for
+from batch_jobs import run_here, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -82,36 +80,64 @@ def test_flink_standalone_with_a_worker_pool(expect_the_same, flink_server, pool
         expect_the_same("--runner=FlinkRunner", "--workers=2", "--", flink_server, master, *pool)
 
 
-def test_a_flink_task_manager_that_is_killed_loses_nothing(
-    command, model, flink_server, pool, write_jsonl, join_parts, tmp_path
-):
-    rows: list[Any] = [{"prompt": f"Prompt {i * 7919 % 1000}"} for i in range(800)]
-    write_jsonl(rows)
-    out = tmp_path / "out"
-    with clusters.flink(tmp_path) as flink, flink.task_manager("first") as first:
+@pytest.fixture
+def expect_recovery(
+    command: list[str],
+    model: Path,
+    flink_server: str,
+    write_jsonl: Callable[..., Path],
+    join_parts: Callable[[Path], bytes],
+    tmp_path: Path,
+) -> Callable[..., None]:
+    """Runs a job whose task manager is lost on the way; another comes in its place."""
+
+    def check(flink: clusters.Flink, pool: list[str], lose: Callable[[], None]) -> None:
+        write_jsonl([{"prompt": f"Prompt {i * 7919 % 1000}"} for i in range(800)])
+        out = tmp_path / "out"
         flags = ["--runner=FlinkRunner", "--", flink_server, f"--flink_master={flink.master}"]
         job = subprocess.Popen([*command, "--shard_size=8", *flags, *pool], cwd=tmp_path, stderr=-1)
         with job:
             try:
                 wait_for(lambda: len(list(out.glob("_receipts/*.json"))) >= 5, job, limit_s=120)
-                first.kill()
+                lose()
                 done = {p: p.stat().st_mtime_ns for p in out.glob("part-*.jsonl")}
                 assert 5 <= len(done) < 100
                 with flink.task_manager("second"):
                     _, said = job.communicate(timeout=200)
             finally:
                 job.kill()
-    assert job.returncode == 0, said.decode()
-    again, summary = said.decode().splitlines()
-    assert "FlinkRunner gave the job up: " in again
-    assert "shards are left and are sent again" in again
-    assert "800 rows, 0 errors; 100 of 100 shards in" in summary
-    # What was done is not done again.
-    assert len([p for p, written in done.items() if p.stat().st_mtime_ns == written]) >= 5
-    local = tmp_path / "local"
-    paths = {"model": model, "input": tmp_path / "input" / "*", "output": local}
-    serve_batch.run(**paths, sampling=SAMPLED, slots=4)
-    assert join_parts(out) == join_parts(local)
+        assert job.returncode == 0, said.decode()
+        again, summary = said.decode().splitlines()
+        assert "FlinkRunner gave the job up: " in again
+        assert "shards are left and are sent again" in again
+        assert "800 rows, 0 errors; 100 of 100 shards in" in summary
+        # What was done is not done again.
+        assert len([p for p, written in done.items() if p.stat().st_mtime_ns == written]) >= 5
+        run_here(model, tmp_path, "local")
+        assert join_parts(out) == join_parts(tmp_path / "local")
+
+    return check
+
+
+def test_a_flink_task_manager_that_is_killed_loses_nothing(expect_recovery, pool, tmp_path):
+    with clusters.flink(tmp_path) as flink, flink.task_manager("first") as first:
+        expect_recovery(flink, pool, first.kill)
+
+
+def test_a_flink_task_manager_that_is_cut_off_loses_nothing(expect_recovery, tmp_path):
+    """It and its workers go on, see the files, and hear of nothing: what they still write is what others write."""
+    port = clusters.free_port()
+    with (
+        clusters.node(tmp_path) as node,
+        clusters.worker_pool(tmp_path, port=port, node=node),
+        clusters.worker_pool(tmp_path, port=port) as address,
+        clusters.flink(tmp_path, node.here) as flink,
+        flink.task_manager("first", node) as first,
+    ):
+        flags = ["--environment_type=EXTERNAL", f"--environment_config={address}"]
+        expect_recovery(flink, flags, node.cut)
+        assert first.process.poll() is None
+        assert not clusters.answers(port, node.there)
 
 
 def test_a_launcher_that_is_interrupted_ends_with_its_job_server(
