@@ -440,6 +440,19 @@ def test_no_more_than_a_quarter_of_a_chunk_is_padding(engine, monkeypatch, lengt
     assert fed == sizes
 
 
+def test_logits_are_computed_after_a_prompt_s_last_chunk_alone(engine, monkeypatch):
+    computed, prefill = [], decode.prefill
+
+    def watched(statics, params, state, tokens_1T, start, length, slot, *rest):
+        state = prefill(statics, params, state, tokens_1T, start, length, slot, *rest)
+        computed.append(bool(state.logits_BV[slot].any()))
+        return state
+
+    monkeypatch.setattr(decode, "prefill", watched)
+    complete(engine, [Request("z" * 40, GREEDY)])
+    assert computed == [False, True]
+
+
 def test_log_probabilities_come_without_alternatives_too(engine):
     (completion,) = complete(engine, [Request("a", Sampling(max_new_tokens=2, logprobs=0))])
     assert completion.logprobs is not None

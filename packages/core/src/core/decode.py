@@ -155,28 +155,37 @@ def prefill(
     length: Any,
     slot: Any,
     is_first: Any,
+    is_last: Any,
     bias_V: Any,
 ) -> State:
     """Feeds the next `length` tokens of a prompt, of which `start` are in the slot's cache already.
 
-    The first call for a prompt forgets what was in the slot. The T - length tokens of padding must fit the cache too.
+    The first call for a prompt forgets what was in the slot; the last one leaves the logits for the first draw. The
+    T - length tokens of padding must fit the cache too.
     """
     T, V = tokens_1T.shape[1], statics.model.config.vocab_size
     # Padding may lie beyond the last position, where there is no embedding to look up.
     last = statics.model.config.context_length - 1
-    logits_11V, cache = statics.model.extend(
+    x_11D, cache = statics.model.extend(
         params,
         tokens_1T,
         jnp.minimum(start + jnp.arange(T), last)[None],
         state.cache._replace(first_row=slot),
         lengths_B=jnp.reshape(length, (1,)),
         only_last=True,
+        only_hidden=True,
         dtype=statics.dtype,
+    )
+    # Of GPT-2's weights the head is a third: nobody asks for the logits after a chunk that is not the last.
+    logits_V = jax.lax.cond(
+        is_last,
+        lambda: unembed(x_11D, statics.model.head(params))[0, 0],
+        lambda: jnp.zeros(V),
     )
     ids_T = jnp.where(jnp.arange(T) < length, tokens_1T[0], V)
     return State(
         cache=cache._replace(first_row=None),
-        logits_BV=_set_row(state.logits_BV, slot, logits_11V[0, 0]),
+        logits_BV=_set_row(state.logits_BV, slot, logits_V),
         counts_BV=_count_prompt(state.counts_BV, slot, ids_T, is_first),
         bias_BV=_set_row(state.bias_BV, slot, bias_V),
         tokens_BL=_note_tokens(state.tokens_BL, slot, start, jnp.asarray(tokens_1T)),

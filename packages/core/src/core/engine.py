@@ -505,6 +505,7 @@ class Engine:
             np.int32(len(rest)),
             np.int32(slot),
             np.bool_(start == 0),
+            np.bool_(start + len(rest) == len(prompt)),
             self._no_bias_V if bias_V is None else bias_V,
         )
         if self._prefixes.wants(prompt, start):

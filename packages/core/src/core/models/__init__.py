@@ -121,6 +121,7 @@ class Model:
         *,
         lengths_B: jax.Array | None = None,
         only_last: bool = False,
+        only_hidden: bool = False,
         dtype: Any = jnp.float32,
     ) -> tuple[jax.Array, KVCache]:
         """Returns logits_BTV of `tokens_BT` placed at `positions_BT`, and the cache with them in it.
@@ -137,13 +138,21 @@ class Model:
             and the next tokens take its positions. None is T.
           only_last: gives the logits after each row's last token only; the result has T = 1. A prompt's logits are V
             numbers a token.
+          only_hidden: gives x_BTD in place of the logits, which are `unembed(x_BTD, head)`.
           dtype: of the activations and of the products.
         """
         module = self._module(dtype)
         return cast(
             tuple[jax.Array, KVCache],
             module.apply(
-                {"params": params}, tokens_BT, positions_BT, cache, None, lengths_B, only_last
+                {"params": params},
+                tokens_BT,
+                positions_BT,
+                cache,
+                None,
+                lengths_B,
+                only_last,
+                only_hidden,
             ),
         )
 
