@@ -104,6 +104,15 @@ def test_a_row_has_the_same_bits_alone_and_among_any_others(form: tuple[str, str
         np.testing.assert_array_equal(some_RO, every_RO[first : first + R])
 
 
+@pytest.mark.parametrize("form", [f for f in FORMS if f[2] == 1], ids=str)
+def test_a_sum_that_goes_on_part_by_part_is_the_same(form: tuple[str, str, int]):
+    x_RI, matrix = a_case(form, 11, 8213, 7)  # eight rows of x do not fit into the first cache
+    assert_is_the_product(form, x_RI, matrix)
+    every_RO = np.asarray(multiplied(form, x_RI, matrix))
+    for row in (0, 5, 10):
+        np.testing.assert_array_equal(multiplied(form, x_RI[row : row + 1], matrix)[0], every_RO[row])
+
+
 @pytest.mark.slow
 @forms
 def test_so_has_it_for_every_number_of_rows(form: tuple[str, str, int]):
@@ -138,8 +147,8 @@ def test_every_instruction_set_multiplies(isa: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("FLAXMILL_NATIVE_ISA", isa)
     jax.clear_caches()
     for form in FORMS:
-        for R in (1, 3, 11):
-            x_RI, matrix = a_case(form, R, 133, 101)
+        for R, I, O in [(1, 133, 101), (3, 133, 101), (11, 133, 101), (11, 8213, 7)]:
+            x_RI, matrix = a_case(form, R, I, O)
             assert_is_the_product(form, x_RI, matrix)
             alone_1O = multiplied(form, x_RI[R // 2 :][:1], matrix)
             np.testing.assert_array_equal(alone_1O[0], multiplied(form, x_RI, matrix)[R // 2])
@@ -180,9 +189,7 @@ def test_a_weight_that_is_no_number_stays_in_its_output(form: tuple[str, str, in
 def test_few_rows_are_multiplied_here_while_serving(kernel: Any):
     dtype = jnp.bfloat16 if jax.tree.leaves(kernel)[0].dtype == jnp.bfloat16 else jnp.float32
     x = jnp.arange(18, dtype=dtype).reshape(3, 6)
-    is_int8 = jax.tree.leaves(kernel)[0].dtype == jnp.int8
-    most = native.ROWS_OF_INT8 if is_int8 else native.ROWS
-    apart, all_, many = (jnp.zeros((rows, 6), dtype) for rows in (3, most, most + 1))
+    apart, all_, many = (jnp.zeros((rows, 6), dtype) for rows in (3, native.ROWS, native.ROWS + 1))
     program = jax.make_jaxpr(lambda x: layers.linear(x, kernel, None))
     assert "ffi_call" not in str(program(x))
     with native.serving():

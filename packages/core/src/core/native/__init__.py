@@ -12,11 +12,10 @@ All of it lies behind `core.layers`, `core.moe` and `core.attention`, which have
 from core.native.attention import attend_cache, attends
 from core.native.experts import mix_experts, mixes
 from core.native.library import available, is_serving, name, serving
-from core.native.products import ROWS, ROWS_OF_INT8, product, rounded_product, serves
+from core.native.products import ROWS, product, rounded_product, serves
 
 __all__ = [
     "ROWS",
-    "ROWS_OF_INT8",
     "attend_cache",
     "attends",
     "available",

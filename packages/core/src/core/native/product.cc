@@ -32,6 +32,8 @@ namespace ffi = xla::ffi;
 constexpr int kRows = W == 8 ? 4 : 8;
 // For fewer rows an [I, O] matrix is read nearly as it lies: more columns, fewer rows of it at a time.
 constexpr int64_t kFewRows = 4;
+// Bytes of x, beside weights that pass, that stay in the first cache.
+constexpr int64_t kNear = 16384;
 
 struct Shape {
   int64_t R, I, O;
@@ -68,6 +70,18 @@ struct Task {
   const Units* units = nullptr;
   int64_t r = 0, o = 0;  // which row and output the first ones are
 };
+
+// y_RO: the sum of each vector.
+template <int Rows, int V>
+INLINE void sum_up(const F (&x)[Rows][V], float* y, int64_t O) {
+  each<V>([&](auto v) INLINED {
+    F column[Rows];
+    float totals[Rows];
+    each<Rows>([&](auto r) INLINED { column[r] = x[r][v]; });
+    sums(column, totals);
+    each<Rows>([&](auto r) INLINED { y[r * O + v] = totals[r]; });
+  });
+}
 
 // ---- Arithmetics: what is multiplied, and how. A tile has kVectors of sums side by side; by columns it goes on by kDeep
 // numbers of I at a time, by rows, kTall rows and kOutputs outputs, by kLanes. `n` says how many columns there are, where that may be less than a tile.
@@ -107,7 +121,8 @@ struct Widened {
     keep(part);
     return part;
   }
-  static INLINE float total(Sum x, const Units*, int64_t, int64_t) { return sum(x); }
+  template <int Rows, int V>
+  static INLINE void totals(const Sum (&x)[Rows][V], const Units*, int64_t, int64_t, float* y, int64_t O) { sum_up(x, y, O); }
 };
 
 #if defined(__AVX512BF16__) && !defined(FLAXMILL_PLAIN)
@@ -161,7 +176,8 @@ struct Dotted {
     __asm__("" : "+v"(part));
     return part;
   }
-  static INLINE float total(Sum x, const Units*, int64_t, int64_t) { return sum(x); }
+  template <int Rows, int V>
+  static INLINE void totals(const Sum (&x)[Rows][V], const Units*, int64_t, int64_t, float* y, int64_t O) { sum_up(x, y, O); }
 };
 #endif
 
@@ -231,8 +247,11 @@ struct Rounded {
   static INLINE Part weights(const Weight* w, Count... count) { return row(w, count...); }
   static INLINE int32_t lanes(Sum x) { return x[0] + x[1] + x[2] + x[3]; }
 #endif
-  static INLINE float total(Sum x, const Units* units, int64_t r, int64_t o) {
-    return float(lanes(x) - units->offsets[r]) * units->outputs[o] * units->rows[r];
+  template <int Rows, int V>
+  static INLINE void totals(const Sum (&x)[Rows][V], const Units* units, int64_t r, int64_t o, float* y, int64_t O) {
+    each<Rows>([&](auto i) INLINED {
+      each<V>([&](auto v) INLINED { y[i * O + v] = float(lanes(x[i][v]) - units->offsets[r + i]) * units->outputs[o + v] * units->rows[r + i]; });
+    });
   }
 #if defined(FLAXMILL_WIDE)
   // The same of four rows and four outputs: it takes a third of the time of what else there is to do at I = 768.
@@ -398,13 +417,14 @@ void columns(const typename A::X* x, const typename A::Weight* w, float* y, cons
 
 // ---- [O, I]
 
+// From task.begin to task.end; `kept` is what sums have come to in between.
 template <class A, int Rows, int V>
-INLINE void rows_tile(const Task<A>& task, int64_t o, Ahead& ahead) {
-  const int64_t I = task.s.I, O = task.s.O, ask = task.ask, asked = task.asked - ask;
+INLINE void rows_tile(const Task<A>& task, int64_t o, Ahead& ahead, typename A::Sum* kept) {
+  const int64_t I = task.s.I, ask = task.ask, asked = task.asked - ask;
   const auto* x = task.x;
   const auto* w = task.w + o * I;
   typename A::Sum sums[Rows][V];
-  each<Rows>([&](auto r) INLINED { each<V>([&](auto v) INLINED { sums[r][v] = A::none(); }); });
+  each<Rows>([&](auto r) INLINED { each<V>([&](auto v) INLINED { sums[r][v] = task.begin ? kept[r * V + v] : A::none(); }); });
   auto step = [&](int64_t i, auto... count) INLINED {
     typename A::Part columns[V];
     each<V>([&](auto v) INLINED { columns[v] = A::weights(w + v * I + i, count...); });
@@ -413,42 +433,47 @@ INLINE void rows_tile(const Task<A>& task, int64_t o, Ahead& ahead) {
       each<V>([&](auto v) INLINED { sums[r][v] = A::add(row, columns[v], sums[r][v]); });
     });
   };
-  int64_t i = 0;
-  for (; i + A::kLanes <= I; i += A::kLanes) {
+  int64_t i = task.begin;
+  for (; i + A::kLanes <= task.end; i += A::kLanes) {
     step(i);
     if (uint64_t(i - ask) < uint64_t(asked)) ahead.template step<V * A::kLanes * sizeof(*w)>();
   }
+  if (task.end < I) return each<Rows>([&](auto r) INLINED { each<V>([&](auto v) INLINED { kept[r * V + v] = sums[r][v]; }); });
   if (i < I) step(i, int(I - i));
-  float* y = task.y + o;
-#if defined(FLAXMILL_WIDE)
-  if constexpr (Rows == 4 && V == 4) return A::totals(sums, task.units, task.r, task.o + o, y, O);
-#endif
-  each<Rows>([&](auto r) INLINED { each<V>([&](auto v) INLINED { y[r * O + v] = A::total(sums[r][v], task.units, task.r + r, task.o + o + v); }); });
+  A::totals(sums, task.units, task.r, task.o + o, task.y + o, task.s.O);
 }
 
+// `deep` numbers of I at a time.
 template <class A, int Rows>
-__attribute__((noinline)) void rows_block(const Task<A>& task, Ahead& ahead) {
+__attribute__((noinline)) void rows_block(Task<A> task, int64_t deep, typename A::Sum* kept, Ahead& ahead) {
+  constexpr int V = A::kOutputs;
   Ahead local = ahead;
-  int64_t o = 0;
-  for (; o + A::kOutputs <= task.n; o += A::kOutputs) rows_tile<A, Rows, A::kOutputs>(task, o, local);
+  const int64_t I = task.s.I, whole = task.n / V * V;
+  for (int64_t i = 0; i < I; i += deep) {
+    task.begin = i, task.end = std::min(I, i + deep);
+    for (int64_t o = 0; o < whole; o += V) rows_tile<A, Rows, V>(task, o, local, kept + o * Rows);
+  }
   ahead = local;
-  Task<A> row = task;
-  for (int r = 0; r < Rows && o < task.n; ++r, row.x += task.s.I, row.y += task.s.O, ++row.r)
-    for (int64_t last = o; last < task.n; ++last) rows_tile<A, 1, 1>(row, last, local);
+  task.begin = 0, task.end = I;
+  for (int r = 0; r < Rows && whole < task.n; ++r, task.x += I, task.y += task.s.O, ++task.r)
+    for (int64_t last = whole; last < task.n; ++last) rows_tile<A, 1, 1>(task, last, local, nullptr);
 }
 
 template <class A>
 void rows(const typename A::X* x, const typename A::Weight* w, float* y, const Shape& s, int64_t o, int64_t n, int64_t next,
           const Units* units) {
+  const int64_t most = std::min<int64_t>(s.R, A::kTall), parts = std::max<int64_t>(1, most * s.I * sizeof(*x) / kNear);
+  const int64_t deep = (s.I / parts + A::kLanes) / A::kLanes * A::kLanes;
+  std::vector<typename A::Sum> kept(deep < s.I ? n * most : 0);
   // One block of rows is a tile behind what it asks for; several have the time to ask for all that comes next.
   const int64_t size = s.I * sizeof(*w), left = std::min(n, s.O - next) * size;
   auto* here = reinterpret_cast<const char*>(w + o * s.I), *there = reinterpret_cast<const char*>(w + next * s.I);
   Ahead ahead;
-  if (s.R > A::kTall) ahead = {there, left, 0, left > 0};
+  if (s.R > A::kTall || deep < s.I) ahead = {there, left, 0, left > 0};
   else if (n > A::kOutputs) ahead = {here + A::kOutputs * size, (n - A::kOutputs) * size, 0, 1, there, std::min(left, A::kOutputs * size)};
   blocks_of_rows<A::kTall>(s.R, [&](auto rows, int64_t r) INLINED {
     Task<A> task{x + r * s.I, w + o * s.I, y + r * s.O + o, s, n, 0, s.I, r * s.I / s.R, (r + rows) * s.I / s.R, units, r, o};
-    rows_block<A, decltype(rows)::value>(task, ahead);
+    rows_block<A, decltype(rows)::value>(task, deep, kept.data(), ahead);
   });
 }
 
@@ -474,7 +499,7 @@ void multiply(ffi::ThreadPool& pool, const typename A::X* x, ffi::AnyBuffer matr
       return cut(pool, s.O, A::kWidth, (s.R < kFewRows ? 12288 : 1536) / (A::kWidth * sizeof(*w)), [&](int64_t o, int64_t n, int64_t next) {
         columns<A>(x, w, y, s, o, n, next);
       });
-  cut(pool, s.O, A::kOutputs, 65536 / (A::kOutputs * s.I * sizeof(*w) + 1), [&](int64_t o, int64_t n, int64_t next) {
+  cut(pool, s.O, A::kOutputs, (s.R > A::kTall ? 131072 : 65536) / (A::kOutputs * s.I * sizeof(*w) + 1), [&](int64_t o, int64_t n, int64_t next) {
     rows<A>(x, w, y, s, o, n, next, units);
   });
 }

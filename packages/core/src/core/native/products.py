@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from core.native.library import call, is_serving
 
-ROWS = 64  # beyond which XLA's own products are faster (docs/log.md)
-ROWS_OF_INT8 = 128  # a whole chunk of a prompt
+ROWS = 128  # a whole chunk of a prompt
 
 _FLOATS = (jnp.float32, jnp.bfloat16)
 _LONGEST = 2**16  # products of int8 whose sum int32 is sure to hold
@@ -20,8 +19,7 @@ _LONGEST = 2**16  # products of int8 whose sum int32 is sure to hold
 def serves(x_RI: jax.Array, matrix: jax.Array) -> bool:
     """Whether a product is to be computed here: `core.layers` asks, while it is traced."""
     known = x_RI.dtype in _FLOATS and (matrix.dtype in _FLOATS or matrix.dtype == jnp.int8)
-    most = ROWS_OF_INT8 if matrix.dtype == jnp.int8 else ROWS
-    return known and len(x_RI) <= most and is_serving()
+    return known and len(x_RI) <= ROWS and is_serving()
 
 
 def product(x_RI: jax.Array, matrix: jax.Array, *, axis: int) -> jax.Array:
