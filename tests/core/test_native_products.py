@@ -106,7 +106,7 @@ def test_a_row_has_the_same_bits_alone_and_among_any_others(form: tuple[str, str
 
 @pytest.mark.parametrize("form", [f for f in FORMS if f[2] == 1], ids=str)
 def test_a_sum_that_goes_on_part_by_part_is_the_same(form: tuple[str, str, int]):
-    x_RI, matrix = a_case(form, 11, 8213, 7)  # eight rows of x do not fit into the first cache
+    x_RI, matrix = a_case(form, 11, 8213, 31)  # eight rows of x do not fit into the first cache
     assert_is_the_product(form, x_RI, matrix)
     every_RO = np.asarray(multiplied(form, x_RI, matrix))
     for row in (0, 5, 10):
@@ -147,7 +147,7 @@ def test_every_instruction_set_multiplies(isa: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("FLAXMILL_NATIVE_ISA", isa)
     jax.clear_caches()
     for form in FORMS:
-        for R, I, O in [(1, 133, 101), (3, 133, 101), (11, 133, 101), (11, 8213, 7)]:
+        for R, I, O in [(1, 133, 101), (3, 133, 101), (11, 133, 101), (11, 8213, 31)]:
             x_RI, matrix = a_case(form, R, I, O)
             assert_is_the_product(form, x_RI, matrix)
             alone_1O = multiplied(form, x_RI[R // 2 :][:1], matrix)
