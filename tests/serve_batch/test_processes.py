@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -134,7 +135,7 @@ def test_what_a_worker_cannot_do_ends_the_job_with_the_reason(model, write, tmp_
     plan["shards"][3][2] += 1
     plan["shards"][4][1] += 1
     path.write_text(json.dumps(plan))
-    with pytest.raises(JobError, match=r"^shard 3 failed: .* planned with 9 rows.*; finished sh"):
+    with pytest.raises(JobError, match=r"^shard 3 failed: .* with 9 rows.*again with --overwrite$"):
         run_here(model, tmp_path, "out", workers=2)
     assert workers_of(os.getpid()) == []
     assert not list((tmp_path / "out").rglob("*.tmp.*"))
@@ -154,6 +155,46 @@ def test_a_shard_that_costs_a_second_worker_is_held_to_be_the_cause():
                 processes._give_back(worker, todo, deaths, left=left)
 
 
+def test_a_worker_that_says_nothing_for_long_is_dead():
+    """Not one that goes on to say that it lives, nor one whose launcher was stopped for as long."""
+    worker: Any = processes._Worker(cast(Any, "no job"))
+    try:
+        for _ in range(processes._BEATS):
+            worker.miss(processes._SILENCE_S * 100)
+        worker.hear()  # its first beat
+        os.kill(worker._process.pid, signal.SIGSTOP)
+        for _ in range(processes._BEATS):
+            worker.miss(processes._SILENCE_S)
+        with pytest.raises(TimeoutError):
+            worker.miss(1)
+    finally:
+        how = worker.end()
+    assert how == "was killed, as nothing was heard of it for 600 s"
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_stopped_is_done_without(
+    model, write, join_parts, tmp_path, monkeypatch, caplog
+):
+    write(600)
+    monkeypatch.setattr(processes, "_SILENCE_S", 10.0)
+    crew: list[int] = []
+
+    def stop() -> None:
+        wait_for(lambda: len(list((tmp_path / "out" / "_receipts").glob("*"))) >= 5)
+        crew.extend(workers_of(os.getpid()))
+        os.kill(crew[0], signal.SIGSTOP)
+
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    run_here(model, tmp_path, "out", workers=2, shard_size=8)
+    stopping.join()
+    assert "nothing was heard of it for 10 s; 1 go on without it" in caplog.text
+    assert not any(map(is_running, crew))
+    run_here(model, tmp_path, "one")
+    assert join_parts(tmp_path / "out") == join_parts(tmp_path / "one")
+
+
 def test_more_workers_than_accelerators_are_refused(model, write, tmp_path, monkeypatch):
     write(2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
@@ -169,6 +210,20 @@ def test_the_accelerators_are_those_that_are_seen(tmp_path, monkeypatch):
     for given, seen in {"": [], "-1": [], "3,MIG-7": ["3", "MIG-7"]}.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
         assert devices.visible(tmp_path) == seen
+
+
+def test_kernels_are_pinned_where_there_are_accelerators_and_nobody_says_otherwise(monkeypatch):
+    ours = "--xla_gpu_autotune_level"
+    for there, given, flags in (
+        ("0", "", f"{ours}=0"),
+        ("0", "--xla_a=1", f"--xla_a=1 {ours}=0"),
+        ("0", f"{ours}=4", f"{ours}=4"),
+        ("", "--xla_a=1", "--xla_a=1"),
+    ):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", there)
+        monkeypatch.setenv("XLA_FLAGS", given)
+        devices.pin()
+        assert os.environ["XLA_FLAGS"] == flags
 
 
 LEASE = """

@@ -1,6 +1,7 @@
 """Output below a URL: in fsspec's own stores here, and in an S3 server of this machine."""
 
 import contextlib
+import io
 import json
 import urllib.request
 from collections.abc import Iterator
@@ -72,6 +73,21 @@ def test_a_lock_has_one_holder_in_every_store(store):
     assert store.sizes() == {}
 
 
+def test_a_lock_is_seen_in_a_store_that_creates_what_is_there(memory, monkeypatch):
+    """Stores that speak S3, and do not know the condition, ignore it."""
+    pipe_file = type(memory).pipe_file
+    monkeypatch.setattr(
+        type(memory), "pipe_file", lambda self, path, value, mode: pipe_file(self, path, value)
+    )
+    store = stores.at("memory://out")
+    with (
+        store.holding("_lock"),
+        pytest.raises(JobError, match="another job"),
+        store.holding("_lock"),
+    ):
+        pass
+
+
 def test_the_lock_of_a_killed_job_says_how_to_go_on(memory):
     memory.pipe_file("/out/_lock", b"process 7 on elsewhere")
     with (
@@ -81,15 +97,53 @@ def test_the_lock_of_a_killed_job_says_how_to_go_on(memory):
         pass
 
 
-def test_a_store_that_fails_is_one_line(memory, monkeypatch):
+@pytest.mark.parametrize(
+    ("fails", "asked", "place"),
+    [
+        ("ls", lambda store: store.sizes(), "/out"),
+        ("open", lambda store: store.open("a"), "/out/a"),
+        ("info", lambda store: store.stat("a"), "/out/a"),
+        ("cat_file", lambda store: store.read("a"), "/out/a"),
+        ("cat", lambda store: list(store.read_each(["a"])), "/out"),
+        ("pipe_file", lambda store: store.write("a", b""), "/out/a"),
+        ("rm_file", lambda store: store.remove("a"), "/out/a"),
+    ],
+)
+def test_a_store_that_fails_is_one_line(memory, monkeypatch, fails, asked, place):
     def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no\ncredentials")
+        raise PermissionError("no\ncredentials")
 
-    monkeypatch.setattr(type(memory), "ls", fail)
-    with pytest.raises(
-        JobError, match=r"^cannot reach memory:///out: RuntimeError: no credentials$"
+    monkeypatch.setattr(type(memory), fails, fail)
+    expected = rf"^cannot reach memory://{place}: PermissionError: no credentials$"
+    with pytest.raises(JobError, match=expected):
+        asked(stores.at("memory://out"))
+
+
+class Torn(io.RawIOBase):
+    """A connection that breaks off."""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        raise TimeoutError("no answer")
+
+
+def test_a_part_that_breaks_off_is_one_line(run, write_jsonl, memory, monkeypatch):
+    write_jsonl(rows(1))
+    run(output="memory://out")
+    folder = OutputFolder("memory://out")
+    plan = folder.read_plan()
+    assert plan is not None
+    (receipt,) = folder.receipts(plan)
+    assert receipt is not None
+    monkeypatch.setattr(type(memory), "open", lambda *_, **__: Torn())
+    for read in (
+        lambda: list(folder.read_part(plan, plan.shards[0])),
+        lambda: folder.expect_whole(plan, plan.shards[0], receipt),
     ):
-        stores.at("memory://out").sizes()
+        with pytest.raises(JobError, match=r"^cannot reach .*part-.*TimeoutError: no answer$"):
+            read()
 
 
 def rows(count: int) -> list[Any]:

@@ -1,4 +1,4 @@
-"""One accelerator for each of several processes on a machine.
+"""One accelerator for each of several processes on a machine, and the same kernels on all of them.
 
 A process that computes with JAX takes every accelerator it sees, and most of their memory. Where several processes
 serve on one machine, each leases one: it holds a lock on a file named after the device, which the system lets go when
@@ -17,6 +17,7 @@ ONE = "FLAXMILL_ONE_ACCELERATOR"
 """Set to 1 in the environment of a worker, or of a worker pool that starts several on a machine: each takes one."""
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+_AUTOTUNE = "--xla_gpu_autotune_level"
 
 _held: int | None = None
 _leasing = threading.Lock()
@@ -62,6 +63,16 @@ def _lease() -> None:
         raise JobError(
             f"all {len(names)} accelerators of this machine are held by other workers; run fewer of them"
         )
+
+
+def pin() -> None:
+    """Has XLA choose the same GPU kernels in every process: by itself it takes those that it has just found fastest.
+
+    To be called before JAX looks for devices. Whoever sets the level in XLA_FLAGS has it as he says.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if visible() and _AUTOTUNE not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_AUTOTUNE}=0".strip()
 
 
 def _open(path: Path) -> int:

@@ -230,6 +230,8 @@ def _reading(store: Store, entry: Input) -> Iterator[None]:
     """Makes a JobError of what the libraries raise that read files, decompress them and parse them."""
     try:
         yield
+    except JobError:
+        raise
     except Exception as error:
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise JobError(

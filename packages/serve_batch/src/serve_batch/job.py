@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tqdm
 
+from core.errors import FlaxmillError
 from serve_batch import inputs as inputs_lib
 from serve_batch import plan as plan_lib
 from serve_batch import processes, records, stores
-from serve_batch.errors import JobError, UsageError
+from serve_batch.errors import KEPT, JobError, UsageError
 from serve_batch.inputs import Input
 from serve_batch.output import OutputFolder, Receipt
 from serve_batch.plan import Plan, Scalar
@@ -322,10 +323,7 @@ def _generate(
     job: "Job", left: Sequence[int], runner: str, beam_options: Sequence[str], workers: int
 ) -> None:
     if workers > 1 and runner in _LOCAL_RUNNERS:
-        try:
-            return processes.generate(job, left, workers)
-        except JobError as error:
-            raise JobError(f"{error}; {_KEPT}") from error
+        return processes.generate(job, left, workers)
     from serve_batch import runners
 
     with runners.quiet():
@@ -334,14 +332,13 @@ def _generate(
                 runners.run(job, *runners.local(beam_options))
             else:
                 runners.run_on_cluster(job, runner, beam_options, workers=workers)
+        except FlaxmillError:
+            raise
         except Exception as error:
             what = runners.cause(error)
             if what == KeyboardInterrupt.__name__:  # Beam makes a RuntimeError of it
                 raise KeyboardInterrupt from error
-            raise JobError(f"{what}; {_KEPT}") from error
-
-
-_KEPT = "finished shards are kept: run the same command again to go on"
+            raise JobError(what if runners.is_told(error) else f"{what}; {KEPT}") from error
 
 
 def _publish(

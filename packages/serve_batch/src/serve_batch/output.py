@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_batch import parts, stores
-from serve_batch.errors import JobError
+from serve_batch.errors import JobError, Unreachable
 from serve_batch.plan import Plan, Shard
 from serve_batch.stores import Store
 
@@ -240,7 +240,7 @@ class OutputFolder:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise JobError(
+            raise Unreachable(
                 f"cannot read {plan.part_name(shard)} of {self.place} or its receipt: "
                 f"{error.strerror or error}"
             ) from error
@@ -290,7 +290,8 @@ class OutputFolder:
 
     def read_part(self, plan: Plan, shard: Shard) -> Iterator[tuple[Any, dict[str, Any]]]:
         """Yields a part's records, each as it is kept and as it reads."""
-        with self.store.open(plan.part_name(shard)) as file:
+        name = plan.part_name(shard)
+        with stores.reached(f"{self.place}/{name}"), self.store.open(name) as file:
             yield from parts.read(file, plan.output_format)
 
     def settle(self, plan: Plan) -> None:
@@ -350,7 +351,7 @@ class OutputFolder:
 
     def _sha256(self, name: str) -> str:
         digest = hashlib.sha256()
-        with self.store.open(name) as file:
+        with stores.reached(f"{self.place}/{name}"), self.store.open(name) as file:
             while block := file.read(_BLOCK_BYTES):
                 digest.update(block)
         return digest.hexdigest()

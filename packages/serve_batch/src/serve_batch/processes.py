@@ -2,7 +2,8 @@
 
 The launcher hands out shard numbers over a pipe to each worker and gets them back done. Beam's own worker processes
 are not used: their runner waits without end for one that was killed. Here a pipe that breaks is a worker that died, and
-its shards go to the others; and it is a launcher that died, and the worker ends.
+its shards go to the others; and it is a launcher that died, and the worker ends. A worker of which nothing is heard,
+not even that it lives, is killed: it was stopped, or the machine does not let it run.
 """
 
 import collections
@@ -15,13 +16,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from serve_batch import devices, errors
-from serve_batch.errors import JobError, UsageError
+from serve_batch.errors import KEPT, JobError, UsageError
 
 if TYPE_CHECKING:
     from serve_batch.shards import Job, Work
@@ -31,6 +33,10 @@ SHARDS_AT_ONCE = 2
 
 _DEATHS = 2
 """Workers that a shard may cost before it is held to be the cause."""
+
+_SILENCE_S = 600.0
+_BEATS = 20
+"""How often a worker says that it lives in the time after which it is held to be dead."""
 
 
 def check(workers: int) -> None:
@@ -49,16 +55,21 @@ def generate(job: "Job", shards: Iterable[int], workers: int) -> None:
     todo = collections.deque(shards)
     deaths: collections.Counter[int] = collections.Counter()
     with _crew(job, min(workers, len(todo))) as crew:
+        heard = time.monotonic()
         while True:
             for worker in crew * SHARDS_AT_ONCE:  # each one, then each a second one
                 worker.take_from(todo)
             busy = [worker for worker in crew if worker.shards]
             if not busy:
                 return
-            ready = connection.wait([worker.pipe for worker in busy])
-            for worker in [worker for worker in busy if worker.pipe in ready]:
+            ready = connection.wait([worker.pipe for worker in busy], _SILENCE_S / _BEATS)
+            waited, heard = time.monotonic() - heard, time.monotonic()
+            for worker in busy:
                 try:
-                    worker.hear()
+                    if worker.pipe in ready:
+                        worker.hear()
+                    else:
+                        worker.miss(waited)
                 except (EOFError, OSError):
                     crew.remove(worker)
                     _give_back(worker, todo, deaths, left=len(crew))
@@ -71,11 +82,11 @@ def _give_back(
     how = worker.end()
     deaths.update(worker.shards)
     if not left:
-        raise JobError(f"the last of the worker processes {how}")
+        raise JobError(f"the last of the worker processes {how}; {KEPT}")
     if worker.shards and max(deaths[shard] for shard in worker.shards) >= _DEATHS:
         numbers = " or ".join(map(str, worker.shards))
         raise JobError(
-            f"a worker process {how}, as another did before it; shard {numbers} may be the cause"
+            f"a worker process {how}, as another before it; shard {numbers} may be the cause; {KEPT}"
         )
     logging.getLogger(__name__).warning("a worker process %s; %d go on without it", how, left)
     todo.extendleft(reversed(worker.shards))
@@ -86,10 +97,18 @@ class _Worker:
 
     def __init__(self, job: "Job"):
         self.shards: list[int] = []
+        self._silence_s = 0.0
         self.pipe, theirs = multiprocessing.Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", __name__, str(theirs.fileno())],
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    __name__,
+                    str(theirs.fileno()),
+                    str(_SILENCE_S / _BEATS),
+                ],
                 env=os.environ | {devices.ONE: "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -106,7 +125,7 @@ class _Worker:
                 self.pipe.send(self.shards[-1])
 
     def hear(self) -> None:
-        """Takes in what it says: a shard that is done, or why one cannot be.
+        """Takes in what it says: that it lives, a shard that is done, or why one cannot be.
 
         Raises:
           EOFError, OSError: it is dead.
@@ -115,13 +134,28 @@ class _Worker:
         said = self.pipe.recv()
         if isinstance(said, str):
             raise JobError(said)
-        self.shards.remove(said)
+        self._silence_s = 0.0
+        if said is not None:
+            self.shards.remove(said)
+
+    def miss(self, waited_s: float) -> None:
+        """Takes in that it said nothing for that long.
+
+        Raises:
+          TimeoutError: it is held to be dead.
+        """
+        # If the launcher was stopped itself, that counts for no more than a beat.
+        self._silence_s += min(waited_s, _SILENCE_S / _BEATS)
+        if self._silence_s > _SILENCE_S:
+            raise TimeoutError
 
     def end(self) -> str:
         """Kills it, and returns how it ended if it had before."""
         self._process.kill()
         self.pipe.close()
         code = self._process.wait()
+        if self._silence_s > _SILENCE_S:
+            return f"was killed, as nothing was heard of it for {_SILENCE_S:.0f} s"
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
 
 
@@ -146,20 +180,32 @@ def _crew(job: "Job", count: int) -> Iterator[list[_Worker]]:
         job.output.remove_leftovers()
 
 
-def _main(descriptor: int) -> None:
+def _main(descriptor: int, beat_s: float) -> None:
     """A worker process: shard numbers come in, and go back when they are done."""
     launcher: Connection = Connection(descriptor)
     job: Job = launcher.recv()
     todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-    threading.Thread(target=_start, args=(job, todo, launcher), daemon=True).start()
+    saying = threading.Lock()
+    threading.Thread(target=_beat, args=(launcher, saying, beat_s), daemon=True).start()
+    threading.Thread(target=_start, args=(job, todo, launcher, saying), daemon=True).start()
     with contextlib.suppress(EOFError, OSError):  # the launcher has what it wants, or is dead
         while True:
             todo.put(launcher.recv())
     os._exit(0)
 
 
-def _start(job: "Job", todo: "queue.SimpleQueue[int]", launcher: Connection) -> None:
-    saying = threading.Lock()
+def _beat(launcher: Connection, saying: threading.Lock, every_s: float) -> None:
+    """Says again and again that this process lives, until the launcher is gone."""
+    with contextlib.suppress(OSError):
+        while True:
+            with saying:
+                launcher.send(None)
+            time.sleep(every_s)
+
+
+def _start(
+    job: "Job", todo: "queue.SimpleQueue[int]", launcher: Connection, saying: threading.Lock
+) -> None:
     with _telling("starting a worker", launcher, saying):
         work = job.start()
     for _ in range(SHARDS_AT_ONCE):
@@ -191,4 +237,4 @@ def _telling(doing: str, launcher: Connection, saying: threading.Lock) -> Iterat
 
 
 if __name__ == "__main__":
-    _main(int(sys.argv[1]))
+    _main(int(sys.argv[1]), float(sys.argv[2]))

@@ -137,9 +137,8 @@ def run_on_cluster(job: Job, name: str, beam_options: Sequence[str], *, workers:
             with cluster(name, beam_options, workers=workers, output=place) as (runner, options):
                 return run(job, runner, options)
         except Exception as error:
-            is_ours = isinstance(error, FlaxmillError) or GenerateError.__name__ in str(error)
             still_left = len(list(unfinished(job)))
-            if is_ours or still_left == left or cause(error) == KeyboardInterrupt.__name__:
+            if is_told(error) or still_left == left or cause(error) == KeyboardInterrupt.__name__:
                 raise
             logging.getLogger(__name__).warning(
                 "%s gave the job up: %s; %d shards are left and are sent again",
@@ -234,6 +233,11 @@ def _readers_that_do_not_print() -> Iterator[None]:
             if thread.name == name:
                 thread.join(5)
         threading.excepthook = hook
+
+
+def is_told(error: Exception) -> bool:
+    """Whether it comes from our own code, and says what to do next."""
+    return isinstance(error, FlaxmillError) or GenerateError.__name__ in str(error)
 
 
 def cause(error: Exception) -> str:

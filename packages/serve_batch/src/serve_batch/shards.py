@@ -70,6 +70,7 @@ class Job:
           JobError: this process has other versions of the code, or another model.
         """
         devices.lease()
+        devices.pin()
         plan = self.plan()
         revision = self._check_fingerprint(plan)
         engine = host.shared(

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from serve_batch.errors import JobError, UsageError
+from serve_batch.errors import JobError, Unreachable, UsageError
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _HERE = "file://"
@@ -203,26 +203,33 @@ class Remote(Store):
     def open(self, name: str) -> BinaryIO:
         fs = self._fs
         options = {"block_size": _BLOCK_BYTES, "cache_type": "readahead"}
-        file = fs.open(fs._strip_protocol(self._url(name)), "rb", **options)
+        with reached(self._url(name)):
+            file = fs.open(fs._strip_protocol(self._url(name)), "rb", **options)
         return io.BufferedReader(file, _BUFFER_BYTES)  # fsspec's own cannot read a part of a line
+
+    def read(self, name: str) -> bytes:
+        fs = self._fs
+        with reached(self._url(name)):
+            return fs.cat_file(fs._strip_protocol(self._url(name)))  # one request
 
     def read_each(self, names: Iterable[str]) -> Iterator[bytes]:
         fs, left = self._fs, iter(names)
         while some := list(itertools.islice(left, _AT_ONCE)):
             paths = [fs._strip_protocol(self._url(name)) for name in some]
-            with _reached(self.place):
+            with reached(self.place):
                 contents = fs.cat(paths)  # all at the same time
             yield from (contents[path] for path in paths)
 
     def stat(self, name: str) -> Stat:
         fs = self._fs
         fs.invalidate_cache()
-        return _stat(fs.info(fs._strip_protocol(self._url(name))))
+        with reached(self._url(name)):
+            return _stat(fs.info(fs._strip_protocol(self._url(name))))
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         fs, prefix = self._fs, f"{folder}/" if folder else ""
         fs.invalidate_cache()  # what was listed before may be another's work by now
-        with _reached(self._url(folder)):
+        with reached(self._url(folder)):
             try:
                 found = fs.ls(fs._strip_protocol(self._url(folder)), detail=True)
             except FileNotFoundError:
@@ -232,7 +239,7 @@ class Remote(Store):
 
     def remove(self, name: str) -> None:
         fs = self._fs
-        with _reached(self._url(name)), contextlib.suppress(FileNotFoundError):
+        with reached(self._url(name)), contextlib.suppress(FileNotFoundError):
             fs.rm_file(fs._strip_protocol(self._url(name)))
 
     @contextlib.contextmanager
@@ -242,12 +249,12 @@ class Remote(Store):
             yield cast(BinaryIO, file)
             file.flush()
             fs = self._fs
-            with _reached(self._url(name)):
+            with reached(self._url(name)):
                 fs.put_file(file.name, fs._strip_protocol(self._url(name)))
 
     def write(self, name: str, content: bytes) -> None:
         fs = self._fs
-        with _reached(self._url(name)):
+        with reached(self._url(name)):
             fs.pipe_file(fs._strip_protocol(self._url(name)), content)  # one request
 
     @contextlib.contextmanager
@@ -255,8 +262,11 @@ class Remote(Store):
         """An object store does not know who has died: the lock of a job that was killed stays, and says whose it is."""
         fs = self._fs
         path = fs._strip_protocol(self._url(name))
-        with _reached(self._url(name)):
+        with reached(self._url(name)):
+            fs.invalidate_cache()
             try:
+                if fs.exists(path):  # not every store knows what "create" asks of it
+                    raise FileExistsError
                 fs.pipe_file(path, _me().encode(), mode="create")
             except FileExistsError:
                 holder = fs.cat_file(path)[:200].decode(errors="replace")
@@ -274,7 +284,7 @@ def find(pattern: str) -> dict[str, Stat]:
     """Returns the URLs that a remote glob matches."""
     protocol = pattern.partition("://")[0]
     fs = _filesystem(protocol)
-    with _reached(pattern):
+    with reached(pattern):
         fs.invalidate_cache()
         found = fs.glob(fs._strip_protocol(pattern), detail=True)
         return {
@@ -289,7 +299,7 @@ def is_folder(place: str) -> bool:
     if not is_remote(place):
         return Path(place).is_dir()
     fs = _filesystem(place.partition("://")[0])
-    with _reached(place):
+    with reached(place):
         return fs.isdir(fs._strip_protocol(place))
 
 
@@ -314,15 +324,19 @@ def _filesystem(protocol: str) -> Any:
 
 
 @contextlib.contextmanager
-def _reached(place: str) -> Iterator[None]:
-    """Makes one line of whatever a store's library raises: most often no credentials, or no network."""
+def reached(place: str) -> Iterator[None]:
+    """Makes one line of whatever a store's library raises: most often no credentials, or no network.
+
+    Raises:
+      Unreachable: what it was; but FileNotFoundError as it is.
+    """
     try:
         yield
     except (JobError, FileNotFoundError):
         raise
     except Exception as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise JobError(f"cannot reach {place}: {what}") from error
+        raise Unreachable(f"cannot reach {place}: {what}") from error
 
 
 def _me() -> str:
