@@ -379,6 +379,12 @@ def test_an_input_that_changes_while_the_job_runs_is_found(
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
+def test_what_a_record_passes_through_is_part_of_the_fingerprint(model):
+    found = plan_lib.fingerprint(model, core.Sampling(), slots=4)
+    ours, others = {"core", "serve_batch"}, {"jax", "jaxlib", "jinja2", "msgspec", "pyarrow"}
+    assert ours | others | {"tokenizers"} <= found.keys()
+
+
 def test_weights_and_tokenizer_are_part_of_the_fingerprint(model, tmp_path):
     other = tmp_path / "tiny"
     shutil.copytree(model, other)

@@ -226,6 +226,14 @@ def test_kernels_are_pinned_where_there_are_accelerators_and_nobody_says_otherwi
         assert os.environ["XLA_FLAGS"] == flags
 
 
+def test_a_job_pins_them(run, write_jsonl, monkeypatch):
+    write_jsonl([{"prompt": "a"}])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    run()
+    assert "autotune" in os.environ["XLA_FLAGS"]
+
+
 LEASE = """
 import os, sys
 from serve_batch import devices

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from apache_beam.runners.portability.fn_api_runner import fn_runner
 
 import core
 import serve_batch
@@ -138,7 +139,8 @@ def test_an_option_that_no_job_server_has_is_named(model, write_jsonl, tmp_path)
     write_jsonl([{"prompt": "a"}])
     paths = {"model": model, "input": tmp_path / "input" / "*", "output": tmp_path / "out"}
     flags = ["--job_endpoint=embed", "--max_bundle_sise=3"]
-    with pytest.raises(JobError, match="neither Beam nor its job server has an option --max_bun"):
+    told = "neither Beam nor its job server has an option --max_bundle_sise$"
+    with pytest.raises(UsageError, match=told):
         serve_batch.run(**paths, runner="PortableRunner", beam_options=flags)
 
 
@@ -163,3 +165,22 @@ def test_workers_in_this_process_do_not_print(
     serve_batch.run(**paths, output=tmp_path / "local")
     assert join_parts(tmp_path / "out") == join_parts(tmp_path / "local")
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "told"),
+    [
+        (RuntimeError("a trace\nit fell over"), JobError, "it fell over; finished shards are kept"),
+        (UsageError("no option --x"), UsageError, "no option --x$"),
+    ],
+)
+def test_what_a_runner_itself_raises_ends_with_what_to_do_next(
+    run, write_jsonl, monkeypatch, raised, kind, told
+):
+    def fall_over(*_: Any) -> None:
+        raise raised
+
+    write_jsonl([{"prompt": "a"}])
+    monkeypatch.setattr(fn_runner.FnApiRunner, "run_pipeline", fall_over)
+    with pytest.raises(kind, match=f"^{told}"):
+        run()
