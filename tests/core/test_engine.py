@@ -426,9 +426,11 @@ def test_a_long_prompt_goes_in_by_chunks(engine):
 
 @pytest.mark.parametrize(
     ("length", "sizes"),
-    [(9, [16]), (24, [16, 16]), (25, [32]), (40, [32, 16]), (48, [32, 16]), (49, [64])],
+    [(9, [16]), (17, [32]), (24, [32]), (40, [32, 16]), (48, [32, 16]), (49, [64])],
 )
-def test_no_more_than_a_quarter_of_a_chunk_is_padding(engine, monkeypatch, length, sizes):
+def test_no_more_than_a_quarter_of_a_chunk_is_padding_but_of_the_smallest(
+    engine, monkeypatch, length, sizes
+):
     fed, prefill = [], decode.prefill
 
     def watched(statics, params, state, tokens_1T, *rest):

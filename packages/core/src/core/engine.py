@@ -384,9 +384,8 @@ class Engine:
             steps,
             1 if waits else self.slots,
         )
-        out = jax.device_get(out)
         self.counters.steps += int(out.steps)
-        self._deliver(out)
+        self._deliver(self._fetched(out))
 
     @property
     def nbytes(self) -> int:
@@ -490,8 +489,9 @@ class Engine:
         prompt, start = row.text.prompt, row.filled
         rest = prompt[start : start + self._chunks[-1]]
         size = next(size for size in self._chunks if size >= len(rest))
-        if size > SMALLEST_CHUNK and len(rest) <= size * 3 // 4:
-            size //= 2  # else a quarter of it, or more, would be padding
+        # Else a quarter of it, or more, would be padding. Two of the smallest are as much as one of twice that.
+        if size > 2 * SMALLEST_CHUNK and len(rest) <= size * 3 // 4:
+            size //= 2
             rest = rest[:size]
         tokens_1T = np.zeros((1, size), np.int32)
         tokens_1T[0, : len(rest)] = rest
@@ -543,13 +543,21 @@ class Engine:
             settings=Settings.of([row.sampling for row in rows]),
         )
 
+    def _fetched(self, out: Produced) -> Produced:
+        """Returns it on the host, but scores, which are most of it, only if anyone wants them."""
+        wanted = any(row.sampling.logprobs is not None for row in self._rows if row)
+        return out._replace(
+            tokens_BM=np.asarray(out.tokens_BM),
+            count_B=np.asarray(out.count_B),
+            scores=jax.device_get(out.scores) if wanted else out.scores,
+        )
+
     def _deliver(self, out: Produced) -> None:
         """Gives each slot's new tokens to whoever asked for them, and frees the slots that have ended."""
         for slot, row in enumerate(self._rows):
             if row is None:
                 continue
-            for m in range(out.count_B[slot]):
-                token = int(out.tokens_BM[slot, m])
+            for m, token in enumerate(out.tokens_BM[slot, : out.count_B[slot]].tolist()):
                 if token == decode.NO_NUMBER:
                     row.inbox.append(Event(row.number, None, "", _no_number(row)))
                     self._rows[slot] = None
