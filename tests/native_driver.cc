@@ -15,7 +15,7 @@
 
 #include "xla/ffi/api/c_api.h"
 
-#define KERNELS(X) X(product) X(rounded_product) X(mix_experts) X(attend_cache)
+#define KERNELS(X) X(product) X(rounded_product) X(mix_experts) X(attend_cache) X(attend_prompt)
 #define DECLARE(name) extern "C" XLA_FFI_Error* name(XLA_FFI_CallFrame*);
 KERNELS(DECLARE)
 

@@ -50,6 +50,13 @@ def attend(
     return native.attend_cache(q, k, v, first_row, **given, window=window, sinks_N=sinks_N)
 
 
+@jax.jit
+def attend_prompt(case: Case, sinks_N: Any = None, first_row: Any = None) -> jax.Array:
+    q, k, v, starts, lengths = case
+    given = {"starts_B": starts, "lengths_B": lengths, "scale": q.shape[-1] ** -0.5}
+    return native.attend_prompt(q, k, v, first_row, **given, sinks_N=sinks_N)
+
+
 def in_float64(
     case: Case, sinks_N: Any = None, first_row: int = 0, window: int | None = None
 ) -> np.ndarray:
@@ -178,6 +185,48 @@ def test_what_is_no_number_stays_with_its_query(number: float):
     np.testing.assert_array_equal(found, clean)
 
 
+# Queries a task begins in the middle of a token's heads (129 of 3), keys that fill no block, and several blocks.
+PROMPTS = [((2, 43, 6, 2, 200, 64), [0, 131]), ((1, 129, 3, 3, 150, 20), [21])]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("sizes", "starts"), PROMPTS)
+def test_the_queries_of_a_prompt_mix_the_values_up_to_their_own(
+    sizes: tuple[int, int, int, int, int, int], starts: list[int], dtype: Any
+):
+    case = a_case(*sizes, starts, dtype=dtype)
+    sinks_N = jnp.linspace(-3, 5, sizes[2])
+    for sinks in (None, sinks_N):
+        found = attend_prompt(case, sinks, jnp.ones((), jnp.int32)).astype(jnp.float32)
+        tolerance = 4e-6 if dtype == jnp.float32 else 2e-2
+        np.testing.assert_allclose(found, in_float64(case, sinks, 1), atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_prompt_s_query_has_the_same_bits_in_another_row_and_chunk(dtype: Any):
+    case = a_case(2, 90, 4, 2, 200, 24, [70, 3], dtype=dtype)
+    together = np.asarray(attend_prompt(case).astype(jnp.float32))
+    for first, count in ((0, 17), (5, 40), (61, 29)):
+        part = case.q_BTNH[:1, first : first + count]
+        some = Case(part, *case[1:3], case.starts_B[:1] + first, jnp.full(1, count))
+        found = attend_prompt(some, None, jnp.zeros((), jnp.int32)).astype(jnp.float32)
+        np.testing.assert_array_equal(found[0], together[0, first : first + count])
+
+
+def test_a_prompt_reads_nothing_but_its_own_positions():
+    case = a_case(2, 20, 4, 2, 300, 16, [70, 131])
+    case = case._replace(lengths_B=jnp.array([20, 7], jnp.int32))
+    seen = np.zeros((3, 1, 300, 1), bool)
+    seen[0, :, :90] = seen[1, :, :138] = True
+    hidden = case._replace(
+        k_RKSH=jnp.where(seen, case.k_RKSH, jnp.nan), v_RKSH=jnp.where(seen, case.v_RKSH, jnp.nan)
+    )
+    found = np.asarray(attend_prompt(hidden))
+    np.testing.assert_array_equal(found, attend_prompt(case))
+    assert np.isfinite(found).all()
+    assert not found[1, 7:].any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", list(build.isas())[1:])
 def test_every_instruction_set_gives_the_same_numbers(isa: str, monkeypatch: pytest.MonkeyPatch):
@@ -186,6 +235,9 @@ def test_every_instruction_set_gives_the_same_numbers(isa: str, monkeypatch: pyt
     for dtype, tolerance in ((jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)):
         case = a_case(2, 3, 6, 2, 200, 28, [100, 3], dtype=dtype)
         found = attend(case, jnp.zeros(6)).astype(jnp.float32)
+        np.testing.assert_allclose(found, in_float64(case, np.zeros(6)), atol=tolerance)
+        case = a_case(1, 30, 6, 2, 200, 28, [100], dtype=dtype)
+        found = attend_prompt(case, jnp.zeros(6)).astype(jnp.float32)
         np.testing.assert_allclose(found, in_float64(case, np.zeros(6)), atol=tolerance)
     jax.clear_caches()
 

@@ -110,7 +110,9 @@ def test_a_sum_that_goes_on_part_by_part_is_the_same(form: tuple[str, str, int])
     assert_is_the_product(form, x_RI, matrix)
     every_RO = np.asarray(multiplied(form, x_RI, matrix))
     for row in (0, 5, 10):
-        np.testing.assert_array_equal(multiplied(form, x_RI[row : row + 1], matrix)[0], every_RO[row])
+        np.testing.assert_array_equal(
+            multiplied(form, x_RI[row : row + 1], matrix)[0], every_RO[row]
+        )
 
 
 @pytest.mark.slow

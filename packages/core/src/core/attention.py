@@ -79,10 +79,15 @@ def attend_next(
     S = past.k_RKSH.shape[2]
     # A cache of fewer slots than the window was made for fewer positions than that: nothing is evicted.
     few = T <= kv_cache.FEW and (window is None or window > S or window + T - 1 <= S)
-    if few and native.is_serving() and native.attends(q_BTNH.dtype, past.k_RKSH.dtype):
-        past = kv_cache.append(past, *new)
-        seen = {"starts_B": positions_BT[:, 0], "lengths_B": new[3], "window": window}
-        return native.attend_cache(q_BTNH, *past, **seen, scale=scale, sinks_N=sinks_N), past
+    if native.is_serving() and native.attends(q_BTNH.dtype, past.k_RKSH.dtype):
+        seen = {"starts_B": positions_BT[:, 0], "lengths_B": new[3]}
+        seen |= {"scale": scale, "sinks_N": sinks_N}
+        if few:
+            past = kv_cache.append(past, *new)
+            return native.attend_cache(q_BTNH, *past, **seen, window=window), past
+        if window is None:
+            past = kv_cache.append(past, *new)
+            return native.attend_prompt(q_BTNH, *past, **seen), past
     if window is None:
         past = kv_cache.append(past, *new)
         return attend_cache(q_BTNH, past, lengths_B=new[3], **given), past

@@ -129,7 +129,7 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 
 
 def silu(x: jax.Array) -> jax.Array:
-    """x * sigmoid(x), of the same paper; swish with beta 1 (Ramachandran et al. 2017, arXiv:1710.05941)."""
+    """The SiLU of the same paper, x * sigmoid(x); swish with beta 1 (Ramachandran et al. 2017, arXiv:1710.05941)."""
     return jax.nn.silu(widened(x)).astype(x.dtype)
 
 
@@ -144,8 +144,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 """By the names of `core.config.ACTIVATIONS`; three names of the tanh form differ in rounding only.
 
-Each is computed in `wide_dtype` and rounded once: in bfloat16 XLA would round after every operation, which also takes it
-three times as long on a CPU (docs/log.md).
+Each is computed in `wide_dtype` and rounded once: in bfloat16 XLA would round after every operation, which also takes a
+CPU three times as long (docs/log.md).
 """
 
 

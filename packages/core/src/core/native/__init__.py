@@ -4,12 +4,12 @@
     library    loads it into JAX, and says whether there is one; `serving` switches the kernels on while tracing
     products   a few rows times a weight matrix
     experts    the experts that rows have chosen, packed as they are stored
-    attention  a few queries a row over a cache, of which only what they see is read
+    attention  queries over a cache, of which only what they see is read: a few a row, or a chunk of a prompt
 
 All of it lies behind `core.layers`, `core.moe` and `core.attention`, which have XLA's forms as well.
 """
 
-from core.native.attention import attend_cache, attends
+from core.native.attention import attend_cache, attend_prompt, attends
 from core.native.experts import mix_experts, mixes
 from core.native.library import available, is_serving, name, serving
 from core.native.products import ROWS, product, rounded_product, serves
@@ -17,6 +17,7 @@ from core.native.products import ROWS, product, rounded_product, serves
 __all__ = [
     "ROWS",
     "attend_cache",
+    "attend_prompt",
     "attends",
     "available",
     "is_serving",

@@ -1,4 +1,6 @@
-"""Attention of a few queries a row over a cache."""
+"""Attention over a cache: of a few queries a row, and of a chunk of a prompt."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +43,63 @@ def attend_cache(
         position so far; None is all.
       sinks_N: a score a head that takes its share of the softmax and gives nothing.
     """
+    return _attend(
+        "attend_cache",
+        q_BTNH,
+        k_RKSH,
+        v_RKSH,
+        first_row,
+        starts_B,
+        lengths_B,
+        sinks_N,
+        scale=np.float32(scale),
+        window=np.int64(window or 0),
+    )
+
+
+def attend_prompt(
+    q_BTNH: jax.Array,
+    k_RKSH: jax.Array,
+    v_RKSH: jax.Array,
+    first_row: jax.Array | None = None,
+    *,
+    starts_B: jax.Array,
+    lengths_B: jax.Array,
+    scale: float,
+    sinks_N: jax.Array | None = None,
+) -> jax.Array:
+    """Returns out_BTNH: `attend_cache` for many queries a row, without a window.
+
+    Keys are turned once for all that meet them. Sums have another order than those of `attend_cache`; a query's bits
+    depend on that query, its position and what was written to its row alone, as long as all of that is numbers.
+    """
+    return _attend(
+        "attend_prompt",
+        q_BTNH,
+        k_RKSH,
+        v_RKSH,
+        first_row,
+        starts_B,
+        lengths_B,
+        sinks_N,
+        scale=np.float32(scale),
+    )
+
+
+def _attend(
+    kernel: str,
+    q_BTNH: jax.Array,
+    k_RKSH: jax.Array,
+    v_RKSH: jax.Array,
+    first_row: jax.Array | None,
+    starts_B: jax.Array,
+    lengths_B: jax.Array,
+    sinks_N: jax.Array | None,
+    **attributes: Any,
+) -> jax.Array:
     first_row = jnp.zeros((), jnp.int32) if first_row is None else first_row
     return call(
-        "attend_cache",
+        kernel,
         jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype),
         q_BTNH,
         k_RKSH,
@@ -52,6 +108,5 @@ def attend_cache(
         lengths_B.astype(jnp.int32),
         first_row.astype(jnp.int32).reshape(1),
         jnp.zeros(0, jnp.float32) if sinks_N is None else sinks_N.astype(jnp.float32),
-        scale=np.float32(scale),
-        window=np.int64(window or 0),
+        **attributes,
     )

@@ -21,7 +21,7 @@ MODE = "FLAXMILL_NATIVE"
 ISA = "FLAXMILL_NATIVE_ISA"
 _MODES = ("auto", "off", "require")
 # Every kernel, by its symbol in the library.
-_KERNELS = ("product", "rounded_product", "mix_experts", "attend_cache")
+_KERNELS = ("product", "rounded_product", "mix_experts", "attend_cache", "attend_prompt")
 
 # JAX traces anew for another value, so no function that was traced outside is taken for one that was traced inside.
 _serving = jax.make_user_context(False)

@@ -1,4 +1,4 @@
-// The exponential, and what folds vectors into numbers.
+// The exponential, what folds vectors into numbers, and what turns a square of them.
 
 #pragma once
 
@@ -80,6 +80,68 @@ INLINE F sums(const F (&x)[W]) {
   float each[W];
   for (int i = 0; i < W; ++i) each[i] = sum(x[i]);
   return load(each);
+}
+#endif
+
+#if defined(__AVX512F__) && !defined(FLAXMILL_PLAIN)
+// The sums of up to eight vectors, each in the order of `sum`.
+template <int N>
+INLINE void sums(const F (&x)[N], float* to) {
+  if constexpr (N <= 2) return each<N>([&](auto i) INLINED { to[i] = sum(x[i]); });
+  constexpr int H = (N + 1) / 2, Q = (H + 1) / 2;
+  static_assert(Q <= 2);
+  F halves[H], quarters[2];
+  each<H>([&](auto i) INLINED {
+    const F a = x[2 * i], b = x[2 * i + 1 < N ? 2 * i + 1 : N - 1];
+    halves[i] = add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+  });
+  each<Q>([&](auto i) INLINED {
+    const F a = halves[2 * i], b = halves[2 * i + 1 < H ? 2 * i + 1 : H - 1];
+    quarters[i] = add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+  });
+  const __m512d a = _mm512_castps_pd(quarters[0]), b = _mm512_castps_pd(quarters[Q - 1]);
+  const F pairs = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  float lanes[W];
+  store(lanes, add(pairs, _mm512_permute_ps(pairs, 0xB1)));
+  for (int i = 0; i < N; ++i) to[i] = lanes[i % 4 * 4 + i / 4 * 2];
+}
+#else
+template <int N>
+INLINE void sums(const F (&x)[N], float* to) {
+  each<N>([&](auto i) INLINED { to[i] = sum(x[i]); });
+}
+#endif
+
+// Lane j of x[i] becomes lane i of x[j].
+#if defined(__AVX512F__) && !defined(FLAXMILL_PLAIN)
+INLINE void transpose(F (&x)[W]) {
+  F a[W], b[W];
+  each<8>([&](auto i) INLINED {
+    a[2 * i] = _mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+    a[2 * i + 1] = _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+  });
+  auto low = [](F p, F q) INLINED { return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(p), _mm512_castps_pd(q))); };
+  auto high = [](F p, F q) INLINED { return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(p), _mm512_castps_pd(q))); };
+  each<4>([&](auto i) INLINED {
+    b[4 * i] = low(a[4 * i], a[4 * i + 2]), b[4 * i + 1] = high(a[4 * i], a[4 * i + 2]);
+    b[4 * i + 2] = low(a[4 * i + 1], a[4 * i + 3]), b[4 * i + 3] = high(a[4 * i + 1], a[4 * i + 3]);
+  });
+  // A quarter k of b[4 i + j] is column 4 k + j of four rows from 4 i on.
+  each<4>([&](auto j) INLINED {
+    F even[2] = {_mm512_shuffle_f32x4(b[j], b[4 + j], 0x88), _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0x88)};
+    F odd[2] = {_mm512_shuffle_f32x4(b[j], b[4 + j], 0xDD), _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0xDD)};
+    x[j] = _mm512_shuffle_f32x4(even[0], even[1], 0x88), x[8 + j] = _mm512_shuffle_f32x4(even[0], even[1], 0xDD);
+    x[4 + j] = _mm512_shuffle_f32x4(odd[0], odd[1], 0x88), x[12 + j] = _mm512_shuffle_f32x4(odd[0], odd[1], 0xDD);
+  });
+}
+#else
+INLINE void transpose(F (&x)[W]) {
+  float rows[W][W], column[W];
+  for (int i = 0; i < W; ++i) store(rows[i], x[i]);
+  for (int j = 0; j < W; ++j) {
+    for (int i = 0; i < W; ++i) column[i] = rows[i][j];
+    x[j] = load(column);
+  }
 }
 #endif
 

@@ -15,6 +15,7 @@
 #include <numeric>
 #include <vector>
 
+#include "numeric.h"
 #include "simd.h"
 #include "threads.h"
 #include "xla/ffi/api/ffi.h"

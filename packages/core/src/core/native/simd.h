@@ -178,27 +178,6 @@ INLINE float sum(__m256 x) {
 INLINE float sum(__m512 x) {
   return sum(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)));
 }
-// The sums of up to eight vectors at once, each in the order of `sum`: two are halved into one, and so on.
-template <int N>
-INLINE void sums(const F (&x)[N], float* to) {
-  if constexpr (N <= 2) return each<N>([&](auto i) INLINED { to[i] = sum(x[i]); });
-  constexpr int H = (N + 1) / 2, Q = (H + 1) / 2;
-  static_assert(Q <= 2);
-  F halves[H], quarters[2];
-  each<H>([&](auto i) INLINED {
-    const F a = x[2 * i], b = x[2 * i + 1 < N ? 2 * i + 1 : N - 1];
-    halves[i] = add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
-  });
-  each<Q>([&](auto i) INLINED {
-    const F a = halves[2 * i], b = halves[2 * i + 1 < H ? 2 * i + 1 : H - 1];
-    quarters[i] = add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
-  });
-  const __m512d a = _mm512_castps_pd(quarters[0]), b = _mm512_castps_pd(quarters[Q - 1]);
-  const F pairs = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-  float lanes[W];
-  store(lanes, add(pairs, _mm512_permute_ps(pairs, 0xB1)));
-  for (int i = 0; i < N; ++i) to[i] = lanes[i % 4 * 4 + i / 4 * 2];
-}
 #elif defined(__AVX2__) && !defined(FLAXMILL_PLAIN)
 INLINE float sum(__m256 x) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -207,12 +186,6 @@ INLINE float sum(__m256 x) {
 }
 #else
 INLINE float sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
-#endif
-#if !defined(__AVX512F__) || defined(FLAXMILL_PLAIN)
-template <int N>
-INLINE void sums(const F (&x)[N], float* to) {
-  each<N>([&](auto i) INLINED { to[i] = sum(x[i]); });
-}
 #endif
 
 }  // namespace flaxmill
