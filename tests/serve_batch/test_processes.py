@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any, cast
 
 import pytest
 
+import serve_batch
 from batch_jobs import run_here, wait_for
 from serve_batch import devices, processes
 from serve_batch.errors import JobError, UsageError
@@ -226,12 +228,21 @@ def test_kernels_are_pinned_where_there_are_accelerators_and_nobody_says_otherwi
         assert os.environ["XLA_FLAGS"] == flags
 
 
-def test_a_job_pins_them(run, write_jsonl, monkeypatch):
+def test_jobs_and_pipelines_lease_and_pin_before_they_load_a_model(
+    model, run, write_jsonl, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setenv(devices.ONE, "1")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     write_jsonl([{"prompt": "a"}])
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    monkeypatch.setenv("XLA_FLAGS", "")
-    run()
-    assert "autotune" in os.environ["XLA_FLAGS"]
+    for load in (run, serve_batch.JaxModelHandler(model, slots=4).load_model):
+        monkeypatch.setattr(devices, "_held", None)
+        monkeypatch.setenv("XLA_FLAGS", "")
+        load()
+        assert "autotune" in os.environ["XLA_FLAGS"]
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "4"
+        assert devices._held is not None
+        os.close(devices._held)
 
 
 LEASE = """

@@ -23,7 +23,7 @@ from core import Completion, Request, RequestError, TokenizerError, decode, harm
 from core.chat import Chat
 from core.chat import missing as template_missing
 from core.engine import Counters
-from serve_batch import plan
+from serve_batch import devices, plan
 from serve_batch.errors import JobError
 from serve_batch.records import Conversation, LongPrompts
 
@@ -324,9 +324,11 @@ def shared(
     """Returns the process's host for `model`, loading it if it is not the one already there.
 
     Raises:
-      JobError: the model folder is no longer the one that the plan was made for.
+      JobError: the model folder is no longer the one that the plan was made for, or no accelerator is free.
     """
     global _current
+    devices.lease()
+    devices.pin()
     with _opening:
         files = tuple(plan.text_files(model).values())
         wanted = (model, slots, precision, top_logprobs, revision, files)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from core import Completion, Request, RequestError, Sampling
-from serve_batch import asking, devices, host, inputs, parts, records, stores
+from serve_batch import asking, host, inputs, parts, records, stores
 from serve_batch import plan as plan_lib
 from serve_batch.asking import Outcome
 from serve_batch.errors import JobError
@@ -69,8 +69,6 @@ class Job:
         Raises:
           JobError: this process has other versions of the code, or another model.
         """
-        devices.lease()
-        devices.pin()
         plan = self.plan()
         revision = self._check_fingerprint(plan)
         engine = host.shared(
