@@ -81,13 +81,14 @@ def attend_next(
     few = T <= kv_cache.FEW and (window is None or window > S or window + T - 1 <= S)
     if native.is_serving() and native.attends(q_BTNH.dtype, past.k_RKSH.dtype):
         seen = {"starts_B": positions_BT[:, 0], "lengths_B": new[3]}
-        seen |= {"scale": scale, "sinks_N": sinks_N}
         if few:
             past = kv_cache.append(past, *new)
-            return native.attend_cache(q_BTNH, *past, **seen, window=window), past
+            return native.attend_cache(
+                q_BTNH, *past, **seen, scale=scale, sinks_N=sinks_N, window=window
+            ), past
         if window is None:
             past = kv_cache.append(past, *new)
-            return native.attend_prompt(q_BTNH, *past, **seen), past
+            return native.attend_prompt(q_BTNH, *past, **seen, scale=scale, sinks_N=sinks_N), past
     if window is None:
         past = kv_cache.append(past, *new)
         return attend_cache(q_BTNH, past, lengths_B=new[3], **given), past
