@@ -42,8 +42,7 @@ class Continuation:
             self.finish_reason = "eos"
         elif self._decoder is not None:
             self._held += self._decoder.push(token)
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        if found:
+        if found := [at for stop in self._stop if (at := self._held.find(stop)) >= 0]:
             self._held = self._held[: min(found)]
             self.finish_reason = "stop"
             return self._release(len(self._held))
@@ -52,7 +51,7 @@ class Continuation:
         if self.finish_reason is not None:
             self._held += self._decoder.flush() if self._decoder is not None else ""
             return self._release(len(self._held))
-        return self._release(len(self._held) - self._begun_stop())
+        return self._release(len(self._held) - self._begun_stop()) if self._held else ""
 
     def cancel(self) -> None:
         """Ends the continuation where it stands; a half character is no text."""
@@ -72,6 +71,8 @@ class Continuation:
 
     def _begun_stop(self) -> int:
         """How many of the last characters held may be the beginning of a stop string."""
+        if not self._stop:
+            return 0
         lengths = (
             length
             for stop in self._stop

@@ -143,7 +143,7 @@ class Engine:
     def complete(self, requests: Iterable[Request]) -> list[Completion | RequestError]:
         """Returns one result a request, in order; a request that cannot be served gives its error as a value."""
         results: dict[int, Completion | RequestError] = {}
-        for event in self._events(requests, decode.STEPS):
+        for event in self._events(requests, decode.STEPS, only_results=True):
             if event.result is not None:
                 results[event.request] = event.result
         return [results[index] for index in range(len(results))]
@@ -283,7 +283,9 @@ class Engine:
             )
         return tuple(int(t) for t in tokens)
 
-    def _events(self, requests: Iterable[Request], steps: int) -> Iterator[Event]:
+    def _events(
+        self, requests: Iterable[Request], steps: int, *, only_results: bool = False
+    ) -> Iterator[Event]:
         """Yields the events of `requests`, taking so many that the slots are full and the next ones wait."""
         inbox: _Inbox = collections.deque()
         given = enumerate(requests)
@@ -296,7 +298,13 @@ class Engine:
                     if request is not None:
                         taken += 1
                         try:
-                            self._enqueue(request, str(index), inbox, lambda _, i=index: i)
+                            self._enqueue(
+                                request,
+                                str(index),
+                                inbox,
+                                lambda _, i=index: i,
+                                only_result=only_results,
+                            )
                         except RequestError as error:
                             inbox.append(Event(index, None, "", error))
                 if is_all and taken == ended:
@@ -314,7 +322,13 @@ class Engine:
                 self._cancel(row)
 
     def _enqueue(
-        self, request: Request, default_id: str, inbox: "_Inbox", number: Callable[[int], int]
+        self,
+        request: Request,
+        default_id: str,
+        inbox: "_Inbox",
+        number: Callable[[int], int],
+        *,
+        only_result: bool = False,
     ) -> int:
         prompt, sampling = self.check(request), request.sampling
         self._tickets += 1
@@ -328,7 +342,8 @@ class Engine:
             stop_ids=() if sampling.ignore_eos else self._statics.stop_ids,
         )
         id_ = default_id if request.id is None else str(request.id)
-        row = _Row(number(self._tickets), sampling, limit, text, inbox, _key_words(sampling, id_))
+        words = _key_words(sampling, id_)
+        row = _Row(number(self._tickets), sampling, limit, text, inbox, words, only_result)
         if text.finish_reason is None:
             self._line.append(row)
         else:
@@ -568,7 +583,8 @@ class Engine:
                     row.text.scores.append(_score(out, slot, m, row.sampling.logprobs))
                 ended = row.text.finish_reason is not None
                 result = row.completion() if ended else None
-                row.inbox.append(Event(row.number, token, text, result))
+                if ended or not row.only_result:
+                    row.inbox.append(Event(row.number, token, text, result))
                 if ended:
                     self._rows[slot] = None
                     break
@@ -604,6 +620,8 @@ class _Row:
     text: Continuation
     inbox: _Inbox
     key_words: tuple[int, ...]
+    only_result: bool = False
+    """Whoever asked wants no event of each token."""
     filled: int = 0
     """How much of the prompt is in the slot's cache."""
 
