@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "attention.h"
 #include "numeric.h"
 #include "simd.h"
 #include "threads.h"
@@ -24,14 +25,6 @@ namespace ffi = xla::ffi;
 constexpr int kBlock = 64;            // positions between two looks at the highest score
 constexpr int64_t kSplit = 2048;      // positions of one task; whole blocks
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-
-struct Sizes {
-  int64_t B, T, N, H, K, S, window;  // window 0: a query sees all
-  float scale;
-  int64_t G() const { return N / K; }
-  int64_t padded() const { return (H + W - 1) / W * W; }
-  int64_t low(int64_t position) const { return window ? std::max<int64_t>(0, position - window + 1) : 0; }
-};
 
 // What one query has gathered: `total` and `values` are in units of e^highest.
 struct Gathered {
@@ -133,12 +126,12 @@ class Task {
   Task(const Sizes& sizes, const Query* q_TNH, const Number* k_SH, const Number* v_SH, int64_t head, int64_t position,
        int64_t count, int64_t ahead)
       : sizes_(sizes), k_(k_SH), v_(v_SH), ahead_(ahead), position_(position), count_(count), queries_(count * sizes.G()),
-        q_(queries_ * sizes.padded()), gathered(queries_), values(queries_ * sizes.padded()) {
+        q_(queries_ * sizes.padded(W)), gathered(queries_), values(queries_ * sizes.padded(W)) {
     int64_t G = sizes.G(), N = sizes.N, H = sizes.H;
     for (int64_t t = 0; t < count; ++t)
       for (int64_t g = 0; g < G; ++g)
         for (int64_t h = 0; h < H; ++h)
-          q_[(t * G + g) * sizes.padded() + h] = widen(q_TNH[(t * N + head * G + g) * H + h]);
+          q_[(t * G + g) * sizes.padded(W) + h] = widen(q_TNH[(t * N + head * G + g) * H + h]);
   }
 
   void run(int64_t begin, int64_t end) {
@@ -160,10 +153,10 @@ class Task {
     if constexpr (!std::is_same_v<Number, float>) {
       if (queries_ > 1) {  // widened once for all
         const float *wide_keys[kBlock], *wide_rows[kBlock];
-        wide_.resize(2 * kBlock * sizes_.padded());
+        wide_.resize(2 * kBlock * sizes_.padded(W));
         for (int i = from; i < to; ++i) {
-          wide_keys[i] = widened(keys[i], wide_.data() + i * sizes_.padded());
-          wide_rows[i] = widened(rows[i], wide_.data() + (kBlock + i) * sizes_.padded());
+          wide_keys[i] = widened(keys[i], wide_.data() + i * sizes_.padded(W));
+          wide_rows[i] = widened(rows[i], wide_.data() + (kBlock + i) * sizes_.padded(W));
         }
         take(wide_keys, wide_rows, block, from, to);
         return;
@@ -179,7 +172,7 @@ class Task {
       int64_t position = position_ + i / G;
       int first = std::max<int64_t>(from, sizes_.low(position) - block), last = std::min<int64_t>(to, position + 1 - block);
       if (first >= last) continue;
-      int64_t at = i * sizes_.padded();
+      int64_t at = i * sizes_.padded(W);
       take_block(&q_[at], keys, rows, first, last, sizes_, gathered[i], &values[at]);
     }
   }
@@ -218,18 +211,18 @@ void finish(const Gathered* const* gathered, const float* const* values, int64_t
 }
 
 template <class Query, class Number>
-void Run(ffi::ThreadPool& pool, const Sizes& sizes, const Query* q, const Number* k, const Number* v,
-         const int32_t* positions, const int32_t* lengths, int64_t first_row, const float* sinks, Query* out) {
+void run(ffi::ThreadPool& pool, const Sizes& sizes, const Arrays<Query, Number>& arrays) {
   struct Part {
     int64_t b, head, split, splits;
   };
   std::vector<Part> parts;
   int64_t T = sizes.T, N = sizes.N, K = sizes.K, H = sizes.H, G = sizes.G();
   for (int64_t b = 0; b < sizes.B; ++b) {
-    int64_t count = std::clamp<int64_t>(lengths[b], 0, T);
-    std::fill_n(out + (b * T + count) * N * H, (T - count) * N * H, Query{});
+    int64_t count = arrays.count(sizes, b);
+    std::fill_n(arrays.out + (b * T + count) * N * H, (T - count) * N * H, Query{});
     if (!count) continue;
-    int64_t first = sizes.low(positions[b]) / kSplit, last = (positions[b] + count - 1) / kSplit;
+    int64_t position = arrays.positions[b];
+    int64_t first = sizes.low(position) / kSplit, last = (position + count - 1) / kSplit;
     for (int64_t head = 0; head < K; ++head)
       for (int64_t split = first; split <= last; ++split) parts.push_back({b, head, split, last - first + 1});
   }
@@ -242,19 +235,19 @@ void Run(ffi::ThreadPool& pool, const Sizes& sizes, const Query* q, const Number
       int64_t n = head * G + i % G;
       for (int64_t s = 0; s < splits; ++s) {
         gathered[s] = &tasks[first + s]->gathered[i];
-        values[s] = &tasks[first + s]->values[i * sizes.padded()];
+        values[s] = &tasks[first + s]->values[i * sizes.padded(W)];
       }
-      finish(gathered.data(), values.data(), splits, sinks ? sinks + n : nullptr, sizes,
-             out + ((b * T + i / G) * N + n) * H);
+      finish(gathered.data(), values.data(), splits, arrays.sinks ? arrays.sinks + n : nullptr, sizes,
+             arrays.out + ((b * T + i / G) * N + n) * H);
     }
     for (int64_t s = 0; s < splits; ++s) tasks[first + s].reset();
   };
-  auto place = [&](int64_t i) { return ((first_row + parts[i].b) * K + parts[i].head) * sizes.S * H; };
+  auto place = [&](int64_t i) { return (parts[i].b * K + parts[i].head) * sizes.S * H; };
   parallel(pool, parts.size(), [&](int64_t i) {
     auto [b, head, split, splits] = parts[i];
     int64_t at = place(i), next = i + pool.num_threads(), ahead = next < int64_t(parts.size()) ? place(next) - at : 0;
-    tasks[i] = std::make_unique<Task<Query, Number>>(sizes, q + b * T * N * H, k + at, v + at, head, positions[b],
-                                                     std::min<int64_t>(lengths[b], T), ahead);
+    tasks[i] = std::make_unique<Task<Query, Number>>(sizes, arrays.q + b * T * N * H, arrays.k + at, arrays.v + at, head,
+                                                     arrays.positions[b], arrays.count(sizes, b), ahead);
     tasks[i]->run(split * kSplit, (split + 1) * kSplit);
     if (splits == 1) end_row(i);
   });
@@ -263,30 +256,18 @@ void Run(ffi::ThreadPool& pool, const Sizes& sizes, const Query* q, const Number
     if (parts[i].splits > 1) end_row(i);
 }
 
-ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                  ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::S32> first_row,
-                  ffi::Buffer<ffi::F32> sinks, ffi::Result<ffi::AnyBuffer> out, float scale, int64_t window) {
-  auto of = q.dimensions(), cache = k.dimensions();
-  Sizes sizes{of[0], of[1], of[2], of[3], cache[1], cache[2], window, scale};
-  auto run = [&](auto query, auto number) {
-    using Query = decltype(query);
-    using Number = decltype(number);
-    Run(pool, sizes, static_cast<const Query*>(q.untyped_data()), static_cast<const Number*>(k.untyped_data()),
-        static_cast<const Number*>(v.untyped_data()), positions.typed_data(), lengths.typed_data(),
-        std::clamp<int64_t>(first_row.typed_data()[0], 0, cache[0] - of[0]), sinks.element_count() ? sinks.typed_data() : nullptr,
-        static_cast<Query*>(out->untyped_data()));
-  };
-  bool narrow_q = q.element_type() == ffi::BF16, narrow_k = k.element_type() != ffi::F32;
-  if (narrow_q) narrow_k ? run(bf16{}, bf16{}) : run(bf16{}, float{});
-  else narrow_k ? run(float{}, bf16{}) : run(float{}, float{});
-  return ffi::Error::Success();
+ffi::Error AttendCache(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                       ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::S32> first_row,
+                       ffi::Buffer<ffi::F32> sinks, ffi::Result<ffi::AnyBuffer> out, float scale, int64_t window) {
+  return with_arrays(q, k, v, positions, lengths, first_row, sinks, out, scale, window,
+                     [&](const Sizes& sizes, const auto& arrays) { run(pool, sizes, arrays); });
 }
 
 }  // namespace
 }  // namespace flaxmill
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    attend_cache, flaxmill::Attend,
+    attend_cache, flaxmill::AttendCache,
     xla::ffi::Ffi::Bind()
         .Ctx<xla::ffi::ThreadPool>()
         .Arg<xla::ffi::AnyBuffer>()

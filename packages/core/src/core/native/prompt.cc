@@ -12,6 +12,7 @@
 #include <limits>
 #include <vector>
 
+#include "attention.h"
 #include "numeric.h"
 #include "simd.h"
 #include "threads.h"
@@ -28,13 +29,6 @@ constexpr int kVectors = W == 16 ? 4 : 2;                   // and what they are
 constexpr int64_t kWidth = kVectors * W;
 constexpr int64_t kTask = 128;                              // queries that share the keys that were turned
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-
-struct Sizes {
-  int64_t B, T, N, H, K, S;
-  float scale;
-  int64_t G() const { return N / K; }
-  int64_t padded() const { return (H + kWidth - 1) / kWidth * kWidth; }
-};
 
 // y = y keep + a b for Rows rows of n numbers a; b and y are kWidth wide.
 template <int Rows>
@@ -64,8 +58,8 @@ class Task {
  public:
   Task(const Sizes& sizes, const Query* q_TNH, const Number* k_SH, const Number* v_SH, const float* sinks, int64_t head,
        int64_t position, int64_t count, int64_t begin, int64_t end)
-      : sizes_(sizes), q_TNH_(q_TNH), k_(k_SH), v_(v_SH), head_(head), position_(position), count_(count), begin_(begin),
-        queries_(end - begin), rows_((queries_ + kRows - 1) / kRows * kRows), width_(sizes.padded()), q_(rows_ * width_),
+      : sizes_(sizes), k_(k_SH), v_(v_SH), head_(head), position_(position), count_(count), begin_(begin),
+        queries_(end - begin), rows_((queries_ + kRows - 1) / kRows * kRows), width_(sizes.padded(kWidth)), q_(rows_ * width_),
         keys_(width_ * kBlock), values_(kBlock * width_), mixed_(rows_ * width_), tops_(rows_, kNone), totals_(rows_, zero()) {
     for (int64_t i = 0; i < queries_; ++i) {
       const Query* from = q_TNH + offset(i);
@@ -162,40 +156,28 @@ class Task {
 };
 
 template <class Query, class Number>
-void Run(ffi::ThreadPool& pool, const Sizes& sizes, const Query* q, const Number* k, const Number* v, const int32_t* positions,
-         const int32_t* lengths, int64_t first_row, const float* sinks, Query* out) {
-  const int64_t T = sizes.T, N = sizes.N, H = sizes.H, K = sizes.K, tasks = (T * sizes.G() + kTask - 1) / kTask;
+void run(ffi::ThreadPool& pool, const Sizes& sizes, const Arrays<Query, Number>& arrays) {
+  const int64_t T = sizes.T, N = sizes.N, H = sizes.H, K = sizes.K, G = sizes.G(), tasks = (T * G + kTask - 1) / kTask;
   parallel(pool, sizes.B * K * tasks, [&](int64_t i) {
     const int64_t b = i / (K * tasks), head = i / tasks % K, begin = i % tasks * kTask;
-    const int64_t count = std::clamp<int64_t>(lengths[b], 0, T), end = std::min(begin + kTask, count * sizes.G());
-    const int64_t place = ((first_row + b) * K + head) * sizes.S * H;
+    const int64_t count = arrays.count(sizes, b), end = std::min(begin + kTask, count * G), at = (b * K + head) * sizes.S * H;
+    Query* out = arrays.out + b * T * N * H;
     if (begin < end) {
-      Task<Query, Number> task(sizes, q + b * T * N * H, k + place, v + place, sinks, head, positions[b], count, begin, end);
+      Task<Query, Number> task(sizes, arrays.q + b * T * N * H, arrays.k + at, arrays.v + at, arrays.sinks, head,
+                               arrays.positions[b], count, begin, end);
       task.run();
-      task.finish(out + b * T * N * H);
+      task.finish(out);
     }
     if (begin == 0)
-      for (int64_t t = count; t < T; ++t) std::fill_n(out + ((b * T + t) * N + head * sizes.G()) * H, sizes.G() * H, Query{});
+      for (int64_t t = count; t < T; ++t) std::fill_n(out + (t * N + head * G) * H, G * H, Query{});
   });
 }
 
 ffi::Error AttendPrompt(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                         ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::S32> first_row,
                         ffi::Buffer<ffi::F32> sinks, ffi::Result<ffi::AnyBuffer> out, float scale) {
-  auto of = q.dimensions(), cache = k.dimensions();
-  Sizes sizes{of[0], of[1], of[2], of[3], cache[1], cache[2], scale};
-  auto run = [&](auto query, auto number) {
-    using Query = decltype(query);
-    using Number = decltype(number);
-    Run(pool, sizes, static_cast<const Query*>(q.untyped_data()), static_cast<const Number*>(k.untyped_data()),
-        static_cast<const Number*>(v.untyped_data()), positions.typed_data(), lengths.typed_data(),
-        std::clamp<int64_t>(first_row.typed_data()[0], 0, cache[0] - of[0]), sinks.element_count() ? sinks.typed_data() : nullptr,
-        static_cast<Query*>(out->untyped_data()));
-  };
-  const bool narrow_q = q.element_type() == ffi::BF16, narrow_k = k.element_type() != ffi::F32;
-  if (narrow_q) narrow_k ? run(bf16{}, bf16{}) : run(bf16{}, float{});
-  else narrow_k ? run(float{}, bf16{}) : run(float{}, float{});
-  return ffi::Error::Success();
+  return with_arrays(q, k, v, positions, lengths, first_row, sinks, out, scale, 0,
+                     [&](const Sizes& sizes, const auto& arrays) { run(pool, sizes, arrays); });
 }
 
 }  // namespace
