@@ -106,7 +106,13 @@ def test_an_update_reports_the_norm_before_clipping(params):
         (10, 4, None),
         (99, 4, None),
         (0, 4, None),  # few logits: all at once
-        (0, 2**20, 4),  # 2**26 logits are 4.9 positions of so many rows
+        (0, 2**20, 4),  # 2**26 logits are 4.9 positions of so many rows, in three pieces
+        (0, 3 * 2**19, 3),  # 3.3 positions: four pieces, of which the last has one
+        (
+            0,
+            5 * 2**17,
+            5,
+        ),  # 7.9 positions: two pieces of 5, not one of 7 and one of 3 that is padded to 7
         (0, 2**24, 1),
     ],
 )

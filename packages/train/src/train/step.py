@@ -1,5 +1,6 @@
 """One update, as a pure function: tokens and state in, state and numbers out. `loop` does the effects around it."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -87,10 +88,12 @@ def update(
 def loss_chunk(config: TrainConfig, model: Model) -> int | None:
     """Returns of how many positions a sequence the logits are formed at a time; None is all.
 
-    With loss_chunk=0, as many as make LOGITS numbers.
+    With loss_chunk=0, as many as make LOGITS numbers, in pieces of a length.
     """
-    positions = config.loss_chunk or LOGITS // (config.batch_size * model.config.axes["V"])
-    return max(1, positions) if positions < config.block_size else None
+    T = config.block_size
+    pieces = math.ceil(T * config.batch_size * model.config.axes["V"] / LOGITS)
+    positions = config.loss_chunk or math.ceil(T / pieces)
+    return positions if positions < T else None
 
 
 def gradients(
