@@ -46,7 +46,7 @@ JAVA = ["java", *(f"--add-opens={package}=ALL-UNNAMED" for package in OPENS)]
 _FETCH_S = 360
 """For all that is fetched, together."""
 
-_START_S = 90
+_START_S = 180
 
 
 class Missing(Exception):

@@ -12,7 +12,7 @@ import pytest
 import clusters
 from batch_jobs import run_here, wait_for
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 FLAGS = ["--max_new_tokens=6", "--temperature=0.9", "--top_k=40", "--seed=3", "--slots=4"]
 ROWS = [
@@ -98,12 +98,12 @@ def expect_recovery(
         job = subprocess.Popen([*command, "--shard_size=8", *flags, *pool], cwd=tmp_path, stderr=-1)
         with job:
             try:
-                wait_for(lambda: len(list(out.glob("_receipts/*.json"))) >= 5, job, limit_s=120)
+                wait_for(lambda: len(list(out.glob("_receipts/*.json"))) >= 5, job, limit_s=240)
                 lose()
                 done = {p: p.stat().st_mtime_ns for p in out.glob("part-*.jsonl")}
                 assert 5 <= len(done) < 100
                 with flink.task_manager("second"):
-                    _, said = job.communicate(timeout=200)
+                    _, said = job.communicate(timeout=400)
             finally:
                 job.kill()
         assert job.returncode == 0, said.decode()
@@ -149,9 +149,9 @@ def test_a_launcher_that_is_interrupted_ends_with_its_job_server(
         flags = ["--runner=FlinkRunner", "--", flink_server, f"--flink_master={flink.master}"]
         with subprocess.Popen([*command, "--shard_size=8", *flags, *pool], stderr=-1) as job:
             try:
-                wait_for(lambda: list(out.glob("_receipts/*.json")), job, limit_s=120)
+                wait_for(lambda: list(out.glob("_receipts/*.json")), job, limit_s=240)
                 job.send_signal(signal.SIGTERM)
-                _, said = job.communicate(timeout=60)
+                _, said = job.communicate(timeout=120)
             finally:
                 job.kill()
         assert (said.decode(), job.returncode) == ("error: interrupted\n", 143)

@@ -229,10 +229,11 @@ def _readers_that_do_not_print() -> Iterator[None]:
     try:
         yield
     finally:
-        for thread in threading.enumerate():
-            if thread.name == name:
-                thread.join(5)
-        threading.excepthook = hook
+        readers = [thread for thread in threading.enumerate() if thread.name == name]
+        for thread in readers:
+            thread.join(5)
+        if not any(thread.is_alive() for thread in readers):
+            threading.excepthook = hook
 
 
 def is_told(error: Exception) -> bool:
