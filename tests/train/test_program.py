@@ -8,6 +8,7 @@ import sys
 from typing import Any, cast
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -38,6 +39,26 @@ def test_no_moment_is_copied_before_it_is_overwritten_and_no_bit_is_another():
     (some, expected), (none, found) = states
     assert none == 0 < some
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_an_update_is_lowered_for_accelerators_without_calls_of_the_processor_s(platform: str):
+    model = build(tiny.config(n_layer=1))
+    config = TrainConfig(batch_size=2, block_size=7, dropout=0.1)
+    update: Any = program.update(
+        model=model, config=config, dtype=jnp.dtype(jnp.bfloat16), platform=platform
+    )
+    state = jax.eval_shape(lambda: step.initial_state(model.init(jax.random.key(0)), config))
+    tokens = jax.ShapeDtypeStruct((1, 2, 8), jnp.int32)
+    rate, key = jax.ShapeDtypeStruct((), jnp.float32), jax.eval_shape(lambda: jax.random.key(0))
+    lowered = jax.export.export(update, platforms=[platform])(state, tokens, rate, key)
+    text = lowered.mlir_module()
+    assert lowered.platforms == (platform,)
+    assert "custom_call" not in text  # core.native's kernels are for a CPU
+    products = re.findall(r"dot_general .*: \(tensor<\S*x(\w+)>, tensor<\S*x(\w+)>\)", text)
+    # Of weights; attention's scores and sums are float32 (core.attention).
+    assert products.count(("bf16", "bf16")) >= 3 * len(["qkv", "out", "up", "down", "head"])
+    assert "donor" in text or "aliasing_output" in text  # the state is given away
 
 
 @pytest.mark.parametrize(
