@@ -18,6 +18,11 @@ from core.errors import FlaxmillError
 
 THRESHOLDS = Path(__file__).with_name("gate.toml")
 
+MOST_LEAD = 2.2  # what was ever measured; more is a disturbed peak of PyTorch's
+LEAD_DOUBT = (
+    1.2  # a lead is one ratio of two peaks, and either may have been disturbed as much as this
+)
+
 _PRODUCTS = "gemm_float32_flops_per_s"
 
 Outcome = Literal["passed", "unclear", "failed", "not judged"]
@@ -80,8 +85,8 @@ Rule = Threshold | MemoryLimit | ShareLimit
 class Verdict:
     """What a rule says of a workload. Only "failed" breaks the gate.
 
-    "unclear": the median is below the threshold, but not every pair of turns is. `found` is what was measured, in
-    words; `reason` why there was nothing to judge.
+    "unclear": the median is below the threshold, but some pair of turns is not, or would not be if our lead in products
+    were `LEAD_DOUBT` times smaller. `found` is what was measured, in words; `reason` why there was nothing to judge.
     """
 
     workload: str
@@ -125,16 +130,13 @@ def judge(
     """Returns a verdict for each workload in `rows` that a rule speaks of, if its peer was not left out on purpose.
 
     `ceilings` are the rates that contestants reached in the run; where products of both were not measured, thresholds
-    ask for no lead.
+    ask for no lead, and never for more than `MOST_LEAD`.
     """
-    ceilings = ceilings or {}
-    rates = [ceilings.get(name, {}).get(_PRODUCTS) for name in (OURS, TORCH)]
-    lead = rates[0] / rates[1] if rates[0] and rates[1] else 0.0
-    thresholds = [rule.on(lead) if isinstance(rule, Threshold) else rule for rule in thresholds]
+    lead = _lead(ceilings or {})
     by_name = {(row.workload.name, row.contestant): row for row in rows}
     workloads = {row.workload.name: row.workload for row in rows}
     return [
-        _verdict(name, threshold, by_name)
+        _verdict(name, threshold, by_name, lead)
         for name, workload in workloads.items()
         for threshold in thresholds
         if re.fullmatch(threshold.workload, name)
@@ -142,10 +144,20 @@ def judge(
     ]
 
 
-def _verdict(name: str, rule: Rule, rows: dict[tuple[str, str], Row]) -> Verdict:
-    asked = [OURS, rule.against] if isinstance(rule, Threshold) else [OURS]
+def _lead(ceilings: Mapping[str, Mapping[str, float]]) -> float:
+    ours, theirs = (ceilings.get(name, {}).get(_PRODUCTS) for name in (OURS, TORCH))
+    return min(ours / theirs, MOST_LEAD) if ours and theirs else 0.0
+
+
+def _verdict(name: str, rule: Rule, rows: dict[tuple[str, str], Row], lead: float) -> Verdict:
+    surely = 0.0
+    contestants = [OURS]
+    if isinstance(rule, Threshold):
+        surely = rule.on(lead / LEAD_DOUBT).at_least
+        rule = rule.on(lead)
+        contestants.append(rule.against)
     measured = []
-    for contestant in asked:
+    for contestant in contestants:
         row = rows.get((name, contestant))
         if row is None or row.status != "measured":
             reason = f"{contestant}: {row.status}" if row else f"{contestant} does not take part"
@@ -153,7 +165,7 @@ def _verdict(name: str, rule: Rule, rows: dict[tuple[str, str], Row]) -> Verdict
         measured.append(row)
     match rule:
         case Threshold():
-            return _speed(name, rule, *measured)
+            return _speed(name, rule, surely, *measured)
         case MemoryLimit():
             used = measured[0].memory_bytes
             found = None if used is None else f"{used / 1e6:.0f} MB of memory"
@@ -164,12 +176,12 @@ def _verdict(name: str, rule: Rule, rows: dict[tuple[str, str], Row]) -> Verdict
             return _amount(name, rule, found, shared is not None and shared.share <= rule.at_most)
 
 
-def _speed(name: str, threshold: Threshold, ours: Row, theirs: Row) -> Verdict:
+def _speed(name: str, threshold: Threshold, surely: float, ours: Row, theirs: Row) -> Verdict:
     speedup = comparison.speedup(ours.samples, theirs.samples)
     if speedup.value >= threshold.at_least:
         outcome = "passed"
     else:
-        outcome = "failed" if speedup.maximum < threshold.at_least else "unclear"
+        outcome = "failed" if speedup.maximum < surely else "unclear"
     found = f"{speedup.value:.2f}x ({speedup.minimum:.2f}-{speedup.maximum:.2f})"
     return Verdict(name, threshold, outcome, speedup=speedup, found=found)
 
