@@ -186,6 +186,8 @@ def _main(descriptor: int, beat_s: float) -> None:
     job: Job = launcher.recv()
     todo: queue.SimpleQueue[int] = queue.SimpleQueue()
     saying = threading.Lock()
+    with contextlib.suppress(OSError):
+        launcher.send(None)  # before a thread can fail, and holds `saying` for good
     threading.Thread(target=_beat, args=(launcher, saying, beat_s), daemon=True).start()
     threading.Thread(target=_start, args=(job, todo, launcher, saying), daemon=True).start()
     with contextlib.suppress(EOFError, OSError):  # the launcher has what it wants, or is dead
