@@ -21,7 +21,7 @@ import zstandard
 from core import Sampling
 from serve_batch import inputs, shards, stores
 from serve_batch import plan as plan_lib
-from serve_batch.errors import JobError, UsageError
+from serve_batch.errors import JobError, Unreachable, UsageError
 from serve_batch.plan import Plan
 from serve_batch.records import Conversation, Prompt, RowError
 from serve_batch.shards import Row
@@ -210,6 +210,8 @@ def test_types_that_json_has_not_are_spelled_out(write_table):
         (pa.array([[1.0, float("inf")], None, []]), "inf is not a JSON number"),
         (pa.array([[(1, 2)], None, []], pa.map_(pa.int64(), pa.int64())), "keys that are strings"),
         (pa.array([{"x": b"\xff"}, None, {"x": b""}]), "bytes that are not UTF-8"),
+        (pa.array([b"\xff", None, b"ok"], pa.binary_view()), "bytes that are not UTF-8"),
+        (pa.array([[float("nan")], None, []], pa.list_view(pa.float64())), "nan is not a JSON"),
     ],
 )
 def test_a_value_that_cannot_be_json_makes_an_error_of_its_row_alone(write_table, column, told):
@@ -310,3 +312,45 @@ def test_a_column_that_is_nested_too_deeply_makes_an_error_of_a_row(write_table)
     assert bad.code == "bad_column"
     assert "nested deeper than 100" in bad.message
     assert isinstance(good, Prompt)
+
+
+def as_file(suffix: str) -> bytes:
+    if suffix == "parquet":
+        buffer = io.BytesIO()
+        pq.write_table(pa.table({"prompt": ["a", "b"]}), buffer)
+        return buffer.getvalue()
+    return LINES if suffix == "txt" else COMPRESS[suffix.removeprefix("txt.")](LINES)
+
+
+class Breaking(io.BytesIO):
+    """A connection that breaks off when the file was read once, from its beginning to its end."""
+
+    breaks = False
+
+    def readinto(self, buffer: Any) -> int:
+        if Breaking.breaks:
+            raise TimeoutError("no answer")
+        return super().readinto(buffer)
+
+
+@pytest.mark.parametrize("suffix", ["txt", "txt.gz", "txt.xz", "parquet"])
+def test_a_connection_that_breaks_is_told_from_a_file_that_is_damaged(suffix, monkeypatch):
+    fs = fsspec.filesystem("memory")
+    content = as_file(suffix)
+    fs.pipe_file(f"/broken/a.{suffix}", content)
+    monkeypatch.setattr(Breaking, "breaks", False)
+    monkeypatch.setattr(type(fs), "open", lambda *_, **__: Breaking(content))
+    plan = plan_of(f"memory://broken/a.{suffix}")
+    monkeypatch.setattr(Breaking, "breaks", True)
+    with pytest.raises(
+        Unreachable, match=r"^cannot reach memory://.*/a.*: TimeoutError: no answer$"
+    ):
+        list(rows_of(plan))
+
+
+def test_a_file_that_cannot_be_opened_may_be_the_next_time_but_not_one_that_is_gone(tmp_path):
+    (tmp_path / "odd.txt").mkdir()
+    for name, kind in {"odd.txt": Unreachable, "gone.txt": JobError}.items():
+        with pytest.raises(JobError, match=rf"^cannot read input .*{name}: \w+") as raised:
+            list(inputs.rows(stores.at(tmp_path), inputs.Input(name, 1, 0), 0, 1))
+        assert type(raised.value) is kind

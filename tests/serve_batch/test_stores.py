@@ -11,8 +11,9 @@ import fsspec
 import pytest
 
 import serve_batch
-from serve_batch import stores
-from serve_batch.errors import JobError
+from serve_batch import inputs, stores
+from serve_batch import plan as plan_lib
+from serve_batch.errors import JobError, Unreachable
 from serve_batch.output import OutputFolder
 
 
@@ -142,8 +143,33 @@ def test_a_part_that_breaks_off_is_one_line(run, write_jsonl, memory, monkeypatc
         lambda: list(folder.read_part(plan, plan.shards[0])),
         lambda: folder.expect_whole(plan, plan.shards[0], receipt),
     ):
-        with pytest.raises(JobError, match=r"^cannot reach .*part-.*TimeoutError: no answer$"):
+        with pytest.raises(Unreachable, match=r"^cannot reach .*part-.*TimeoutError: no answer$"):
             read()
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+@pytest.mark.parametrize("place", ["memory", "local"])
+def test_a_part_that_holds_no_records_is_not_one_that_cannot_be_reached(
+    memory, tmp_path, write_jsonl, format, place
+):
+    path = write_jsonl(rows(1))
+    root, found = inputs.find([path], output=tmp_path / "out")
+    plan = plan_lib.make(root, found, shard_size=1, fingerprint={"output_format": format})
+    folder = OutputFolder({"memory": "memory://out", "local": tmp_path / "out"}[place])
+    folder.store.write(plan.part_name(plan.shards[0]), b"no record\n")
+    with pytest.raises(JobError, match=r"part-.* holds what is no record \(.*remove it") as raised:
+        list(folder.read_part(plan, plan.shards[0]))
+    assert not isinstance(raised.value, Unreachable)
+
+
+def test_a_disk_that_cannot_be_read_is_one_that_cannot_be_reached():
+    """`/proc/self/mem` has nothing where it begins."""
+    store = stores.at("/proc/self")
+    with (
+        store.open("mem") as file,
+        pytest.raises(Unreachable, match=r"^cannot reach /proc/self/mem"),
+    ):
+        file.read(1)
 
 
 def rows(count: int) -> list[Any]:

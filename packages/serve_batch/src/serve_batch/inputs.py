@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 import numpy as np
 
 from serve_batch import records, stores
-from serve_batch.errors import JobError, UsageError
+from serve_batch.errors import JobError, Unreachable, UsageError
 from serve_batch.records import RowError
 from serve_batch.stores import Local, Stat, Store
 
@@ -227,14 +227,21 @@ def rows(
 
 @contextlib.contextmanager
 def _reading(store: Store, entry: Input) -> Iterator[None]:
-    """Makes a JobError of what the libraries raise that read files, decompress them and parse them."""
+    """Makes a JobError of what the libraries raise that open files, decompress them and parse them.
+
+    Raises:
+      Unreachable: the system or the store failed, not what the file holds.
+    """
     try:
         yield
     except JobError:
         raise
     except Exception as error:
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise JobError(
+        # Arrow's codecs raise OSError too, of no number.
+        is_system = isinstance(error, OSError) and error.errno is not None
+        kind = Unreachable if is_system and not isinstance(error, FileNotFoundError) else JobError
+        raise kind(
             f"cannot read input {store.place}/{entry.name}: {' '.join(str(why).split())}"
         ) from error
 

@@ -24,7 +24,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from serve_batch import parts, stores
 from serve_batch.errors import JobError, Unreachable
@@ -289,10 +289,23 @@ class OutputFolder:
             )
 
     def read_part(self, plan: Plan, shard: Shard) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """Yields a part's records, each as it is kept and as it reads."""
+        """Yields a part's records, each as it is kept and as it reads.
+
+        Raises:
+          JobError: it cannot be read, or holds no records.
+        """
         name = plan.part_name(shard)
-        with stores.reached(f"{self.place}/{name}"), self.store.open(name) as file:
-            yield from parts.read(file, plan.output_format)
+        with self._open(name) as file:
+            try:
+                yield from parts.read(file, plan.output_format)
+            except JobError:
+                raise
+            except Exception as error:  # whatever JSON, Arrow and Parquet raise
+                what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise JobError(
+                    f"{self.place}/{name} holds what is no record ({what}); "
+                    "remove it, and run the same command again to redo it"
+                ) from error
 
     def settle(self, plan: Plan) -> None:
         """Ends what was being replaced when a job was killed, or takes it back."""
@@ -351,10 +364,14 @@ class OutputFolder:
 
     def _sha256(self, name: str) -> str:
         digest = hashlib.sha256()
-        with stores.reached(f"{self.place}/{name}"), self.store.open(name) as file:
+        with self._open(name) as file:
             while block := file.read(_BLOCK_BYTES):
                 digest.update(block)
         return digest.hexdigest()
+
+    def _open(self, name: str) -> BinaryIO:
+        with stores.reached(f"{self.place}/{name}"):
+            return self.store.open(name)
 
 
 def _receipt_name(shard: Shard) -> str:

@@ -149,6 +149,15 @@ def _check_depth(type_: pa.DataType) -> None:
         raise ValueError(f"it is nested deeper than {records.MAX_DEPTH}")
 
 
+_LISTS = (
+    pa.types.is_list,
+    pa.types.is_large_list,
+    pa.types.is_fixed_size_list,
+    pa.types.is_list_view,
+    pa.types.is_large_list_view,
+)
+
+
 @functools.lru_cache(maxsize=256)
 def _spelled(type_: pa.DataType) -> pa.DataType:
     """Returns the type as which Arrow spells out what JSON has no type for: dates and decimals as text."""
@@ -159,7 +168,9 @@ def _spelled(type_: pa.DataType) -> pa.DataType:
         return _spelled(type_.value_type)
     if isinstance(type_, pa.BaseExtensionType):
         return _spelled(type_.storage_type)
-    if t.is_list(type_) or t.is_large_list(type_) or t.is_fixed_size_list(type_):
+    if t.is_binary_view(type_):
+        return pa.large_binary()
+    if any(is_one(type_) for is_one in _LISTS):
         return pa.large_list(_spelled(type_.value_type))
     if t.is_struct(type_):
         return pa.struct([(field.name, _spelled(field.type)) for field in type_])
@@ -190,7 +201,19 @@ def _converter(type_: pa.DataType, drops_nulls: bool) -> Converter | None:
     if t.is_map(type_):
         inner = _converter(type_.item_type, drops_nulls)
         return functools.partial(_mapping, inner=inner)
-    return None
+    if any(is_one(type_) for is_one in _OF_JSON):
+        return None
+    raise ValueError("JSON has no such type")  # of which what writes JSON might make anything
+
+
+_OF_JSON = (
+    pa.types.is_null,
+    pa.types.is_boolean,
+    pa.types.is_integer,
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+)
 
 
 def _finite(value: float | None) -> float | None:

@@ -67,7 +67,11 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def open(self, name: str) -> BinaryIO:
-        """Raises OSError where there is no such file."""
+        """Returns a file whose reads raise Unreachable when they fail.
+
+        Raises:
+          OSError: there is no such file.
+        """
 
     @abc.abstractmethod
     def stat(self, name: str) -> Stat:
@@ -114,7 +118,8 @@ class Local(Store):
         return Path(self.place)
 
     def open(self, name: str) -> BinaryIO:
-        return (self.path / name).open("rb", buffering=_BUFFER_BYTES)
+        path = self.path / name
+        return io.BufferedReader(_Reached(path.open("rb", buffering=0), str(path)), _BUFFER_BYTES)
 
     def stat(self, name: str) -> Stat:
         found = (self.path / name).stat()
@@ -205,7 +210,8 @@ class Remote(Store):
         options = {"block_size": _BLOCK_BYTES, "cache_type": "readahead"}
         with reached(self._url(name)):
             file = fs.open(fs._strip_protocol(self._url(name)), "rb", **options)
-        return io.BufferedReader(file, _BUFFER_BYTES)  # fsspec's own cannot read a part of a line
+        # fsspec's own cannot read a part of a line.
+        return io.BufferedReader(_Reached(file, self._url(name)), _BUFFER_BYTES)
 
     def read(self, name: str) -> bytes:
         fs = self._fs
@@ -337,6 +343,33 @@ def reached(place: str) -> Iterator[None]:
     except Exception as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise Unreachable(f"cannot reach {place}: {what}") from error
+
+
+class _Reached(io.RawIOBase):
+    """A file of which a read that fails is told from whatever is wrong with what was read."""
+
+    def __init__(self, file: Any, place: str):
+        self._file, self._place = file, place
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def readinto(self, buffer: Any) -> int | None:
+        with reached(self._place):
+            return self._file.readinto(buffer)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _me() -> str:
