@@ -11,8 +11,9 @@ from apache_beam.runners.portability.fn_api_runner import fn_runner
 import core
 import serve_batch
 from serve_batch import runners
-from serve_batch.errors import JobError, UsageError
+from serve_batch.errors import JobError, Unreachable, UsageError
 from serve_batch.output import OutputFolder
+from serve_batch.runners import GenerateError
 from serve_batch.shards import Job
 
 POOL = ["--environment_type=EXTERNAL", "--environment_config=localhost:1"]
@@ -172,6 +173,12 @@ def test_workers_in_this_process_do_not_print(
     [
         (RuntimeError("a trace\nit fell over"), JobError, "it fell over; finished shards are kept"),
         (UsageError("no option --x"), UsageError, "no option --x$"),
+        (
+            Unreachable("cannot reach x"),
+            JobError,
+            "cannot reach x; finished shards are kept: [^;]*$",
+        ),
+        (GenerateError("shard 3 failed: look"), JobError, "shard 3 failed: look$"),
     ],
 )
 def test_what_a_runner_itself_raises_ends_with_what_to_do_next(

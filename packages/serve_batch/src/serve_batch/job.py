@@ -17,7 +17,7 @@ from core.errors import FlaxmillError
 from serve_batch import inputs as inputs_lib
 from serve_batch import plan as plan_lib
 from serve_batch import processes, records, stores
-from serve_batch.errors import KEPT, JobError, UsageError
+from serve_batch.errors import KEPT, JobError, Unreachable, UsageError
 from serve_batch.inputs import Input
 from serve_batch.output import OutputFolder, Receipt
 from serve_batch.plan import Plan, Scalar
@@ -322,8 +322,16 @@ def _expect_unchanged(
 def _generate(
     job: "Job", left: Sequence[int], runner: str, beam_options: Sequence[str], workers: int
 ) -> None:
-    if workers > 1 and runner in _LOCAL_RUNNERS:
-        return processes.generate(job, left, workers)
+    try:
+        if workers > 1 and runner in _LOCAL_RUNNERS:
+            processes.generate(job, left, workers)
+        else:
+            _generate_by_beam(job, runner, beam_options, workers)
+    except Unreachable as error:
+        raise Unreachable(f"{error}; {KEPT}") from error
+
+
+def _generate_by_beam(job: "Job", runner: str, beam_options: Sequence[str], workers: int) -> None:
     from serve_batch import runners
 
     with runners.quiet():

@@ -238,7 +238,7 @@ def _readers_that_do_not_print() -> Iterator[None]:
 
 def is_told(error: Exception) -> bool:
     """Whether it comes from our own code, and says what to do next."""
-    return isinstance(error, FlaxmillError) or GenerateError.__name__ in str(error)
+    return isinstance(error, FlaxmillError | GenerateError) or GenerateError.__name__ in str(error)
 
 
 def cause(error: Exception) -> str:
