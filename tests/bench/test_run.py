@@ -11,10 +11,13 @@ import pytest
 
 from bench import driver, earlier, report, run
 from bench.driver import Row, Shared
-from bench.peers.contestants import OURS
+from bench.peers import ours
+from bench.peers.contestants import OURS, Contestant
 from bench.peers.protocol import Usage
 from bench_commands import started
 from bench_contestants import program, sleeper, workload
+from core import native
+from serve_batch import plan
 
 MACHINE = {"cpu": "A CPU", "threads": 2, "memory_gib": 24.0, "system": "Linux", "python": "3.11"}
 BEGUN = report.Report(
@@ -68,7 +71,22 @@ def test_what_is_not_begun_in_time_says_so_and_busy_rows_stay(field):
     assert kept == busy
     assert (left.workload, left.status) == (TWO, "not run")
     assert left.reason == "the time given was over (--resume goes on)"
-    assert not earlier.is_measured([left], TWO)
+    assert not earlier.is_measured([left], TWO, everyone)
+
+
+def test_who_failed_or_was_kept_out_is_asked_again_once_nothing_keeps_it_out(field):
+    def asked_again(before: Contestant, now: Contestant) -> list[str]:
+        steps, _ = reached(field(sleeper(OURS, 0), before), BEGUN, ONE)
+        quiet = [dataclasses.replace(row, neighbours=0.0) for row in steps[-1].rows]
+        found = dataclasses.replace(steps[-1], rows=quiet)
+        return reached(field(sleeper(OURS, 0), now), found, ONE)[1]
+
+    able, missing = sleeper("peer", 0), dataclasses.replace(sleeper("peer", 0), absent="no torch")
+    both = [f"decode-1: {who}" for who in (OURS, "peer")]
+    assert asked_again(missing, missing) == []
+    assert asked_again(missing, able) == both
+    assert asked_again(program("peer", "raise SystemExit(3)"), able) == both
+    assert asked_again(able, able) == []
 
 
 def test_rows_are_read_back_as_they_were_written(tmp_path):
@@ -78,6 +96,7 @@ def test_rows_are_read_back_as_they_were_written(tmp_path):
     rows = [
         Row(workload=ONE, contestant=OURS, status="measured", turns=((0.1, 0.2), (0.3,))),
         Row(workload=ONE, contestant="peer", status="wrong", reason="why", facts={"x": 0.5}),
+        Row(workload=ONE, contestant="c", status="not run", reason="why", is_kept_out=True),
         Row(
             workload=workload("load"),
             contestant=OURS,
@@ -122,6 +141,47 @@ def test_results_that_cannot_be_gone_on_with_are_refused(tmp_path, change, messa
         earlier.read(path, suite="ci", machine=MACHINE)
 
 
+def interrupted(out: Path, *, resume: bool = False) -> str:
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run.run([ONE], suite="ci", command="b", date="today", out=out, resume=resume)
+    return str(stopped.value)
+
+
+def stops(*_: object, **__: object):
+    raise KeyboardInterrupt
+
+
+def test_a_stopped_run_advises_to_go_on_with_its_own_results_only(tmp_path, monkeypatch):
+    results = tmp_path / "results.json"
+    yesterday = Row(workload=ONE, contestant=OURS, status="measured", turns=((1.0,),))
+    report.keep(dataclasses.replace(BEGUN, rows=[yesterday]), tmp_path)
+    monkeypatch.setattr(run, "contestants", stops)
+    assert interrupted(tmp_path) == ""  # before anything was measured
+    assert json.loads(results.read_text())["rows"]
+    ours = dataclasses.replace(sleeper(OURS, 0), tells_ceilings=True, refuses=stops)
+    monkeypatch.setattr(run, "contestants", lambda **_: (ours,))
+    assert interrupted(tmp_path) == (
+        f"interrupted; {results} has what was measured, --resume goes on with it"
+    )
+    found = json.loads(results.read_text())
+    assert (found["date"], found["rows"]) == ("today", [])
+
+
+def test_a_worker_that_starts_again_with_another_version_ends_the_run(field):
+    everyone = field(sleeper(OURS, 0), sleeper("peer", 0))
+    (first,), _ = reached(everyone, BEGUN, ONE)
+    before = dataclasses.replace(first, versions={**first.versions, "peer": {"sleeper": "0"}})
+    with pytest.raises(earlier.EarlierError, match=r"peer had .*'0'.* and has .*'1'"):
+        reached(everyone, before, TWO)
+
+
+def test_our_versions_tell_code_states_and_kernels_apart():
+    versions = ours.Flaxmill().hello()["versions"]
+    assert versions["native kernels"] == native.name()
+    for package in ("core", "convert", "serve_batch", "train"):
+        assert versions[f"flaxmill-{package}"] == plan.code_version(package)
+
+
 def test_results_of_other_versions_are_refused():
     run_ = dataclasses.replace(BEGUN, versions={OURS: {"jax": "1"}})
     earlier.require_same_versions(run_, {OURS: {"jax": "1"}, "peer": {"torch": "2"}})
@@ -156,7 +216,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_goes_on(tmp_path):
     arguments = ("--suite=full", "--only=^(import|forward-3.4M-t10)$", "--out=results")
     results = tmp_path / "results/results.json"
     with started(*arguments, cwd=tmp_path) as process:
-        while not results.exists():
+        while not (results.exists() and json.loads(results.read_text())["rows"]):
             time.sleep(0.05)
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)

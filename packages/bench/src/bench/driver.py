@@ -60,7 +60,7 @@ class Row:
     "wrong" disagrees with the reference, "failed" broke, "not run" has no environment; `reason` says more. `neighbours`
     is the share of all cores that others used meanwhile: on a busy machine threads that wait for each other starve.
     Work that has a process of its own has `usages` too, one for each call of the turns. `facts` are numbers by name
-    that are told beside the figure.
+    that are told beside the figure. `is_kept_out`: it was not asked, for what it or this machine lacked at the time.
     """
 
     workload: Workload
@@ -74,6 +74,7 @@ class Row:
     usages: tuple[Usage, ...] = ()
     shared: Shared | None = None
     facts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    is_kept_out: bool = False
 
     @property
     def memory_bytes(self) -> int | None:
@@ -277,12 +278,17 @@ class _Race:
             Contestant, int | None
         ] = {}  # of those still running; None: not known yet
         disk = field.obstacle(workload)
-        reasons = {
-            c: c.obstacle(workload) or disk or self._lateness(c) for c in entrants(field, workload)
-        }
+        obstacles = {c: c.obstacle(workload) or disk for c in entrants(field, workload)}
+        reasons = {c: obstacle or self._lateness(c) for c, obstacle in obstacles.items()}
         self.running = [c for c, reason in reasons.items() if not reason]
         self.rows = {
-            c.name: Row(workload=workload, contestant=c.name, status="not run", reason=reason)
+            c.name: Row(
+                workload=workload,
+                contestant=c.name,
+                status="not run",
+                reason=reason,
+                is_kept_out=bool(obstacles[c]),
+            )
             for c, reason in reasons.items()
         }
         self.judge: Contestant | None = None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine, report
-from bench.driver import Row, Shared
+from bench.driver import Field, Row, Shared, entrants
 from bench.peers.contestants import OURS
 from bench.peers.protocol import Usage
 from bench.workloads import Workload
@@ -53,6 +53,7 @@ def _row(values: Mapping[str, Any]) -> Row:
     plain = ("contestant", "status", "reason", "first_call_s", "difference", "neighbours", "facts")
     return Row(
         **{name: values[name] for name in plain},
+        is_kept_out=values.get("is_kept_out", False),
         workload=Workload.from_dict(values["workload"]),
         turns=tuple(tuple(turn) for turn in values["turns"]),
         usages=tuple(Usage(**usage) for usage in values["usages"]),
@@ -60,14 +61,24 @@ def _row(values: Mapping[str, Any]) -> Row:
     )
 
 
-def is_measured(rows: Sequence[Row], workload: Workload) -> bool:
-    """Tells whether these have a figure of ours for just this workload, from when nobody else used the machine."""
-    ours = [row for row in rows if row.workload == workload and row.contestant == OURS]
-    return any(row.status == "measured" and (row.neighbours or 0.0) <= machine.BUSY for row in ours)
+def is_measured(rows: Sequence[Row], workload: Workload, field: Field) -> bool:
+    """Tells whether these have all figures of just this workload, ours from when nobody else used the machine.
+
+    Whoever failed, has no row, or was kept out by what is no obstacle now is to be asked again.
+    """
+    known = {row.contestant: row for row in rows if row.workload == workload}
+    ours = known.get(OURS)
+    if ours is None or ours.status != "measured" or (ours.neighbours or 0.0) > machine.BUSY:
+        return False
+    able = [c.name for c in entrants(field, workload) if not c.obstacle(workload)]
+    return all(
+        name in known and known[name].status != "failed" and not known[name].is_kept_out
+        for name in able
+    )
 
 
 def require_same_versions(run: report.Report, versions: Mapping[str, Mapping[str, str]]) -> None:
-    """Returns if each contestant has the versions that it had in the earlier run.
+    """Returns if each contestant has the versions that it had before in this run, or in the part to go on with.
 
     Raises:
       EarlierError: one has others.
@@ -76,7 +87,7 @@ def require_same_versions(run: report.Report, versions: Mapping[str, Mapping[str
         known = run.versions.get(name, found)
         if known != found:
             raise EarlierError(
-                f"{name} had {dict(known)} in the run to go on with and has {dict(found)} now; "
+                f"{name} had {dict(known)} before in this run and has {dict(found)} now; "
                 "leave --resume out to begin anew"
             )
 

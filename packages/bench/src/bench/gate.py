@@ -178,10 +178,9 @@ def _verdict(name: str, rule: Rule, rows: dict[tuple[str, str], Row], lead: floa
 
 def _speed(name: str, threshold: Threshold, surely: float, ours: Row, theirs: Row) -> Verdict:
     speedup = comparison.speedup(ours.samples, theirs.samples)
+    outcome = "failed" if speedup.maximum < surely else "unclear"
     if speedup.value >= threshold.at_least:
         outcome = "passed"
-    else:
-        outcome = "failed" if speedup.maximum < surely else "unclear"
     found = f"{speedup.value:.2f}x ({speedup.minimum:.2f}-{speedup.maximum:.2f})"
     return Verdict(name, threshold, outcome, speedup=speedup, found=found)
 

@@ -37,7 +37,8 @@ def run(
     """Measures, prints the table to stdout and writes the results to `out`, results.json after every workload.
 
     With `keep` the checkpoints that are made for it stay in `out`/checkpoints, for the next run that keeps them. With
-    `resume` the results in `out` are gone on with: what they have is measured again only where the machine was busy.
+    `resume` the results in `out` are gone on with: what they have is measured again only where the machine was busy,
+    or where someone failed or was kept out. Results of before stay until this run has measured the limits.
     After so many `minutes` no workload is begun.
 
     Returns what must make the command fail, a line each, and the files written.
@@ -46,7 +47,7 @@ def run(
       BenchError: no GPU for the suite "gpu", or files cannot be written.
       earlier.EarlierError: results that cannot be gone on with.
       gate.GateError: thresholds that cannot be meant.
-      KeyboardInterrupt: with what to do to go on.
+      KeyboardInterrupt: with what to do to go on, once there is something to go on with.
     """
     thresholds = gate.load() if suite != "gpu" else ()
     begun = report.Report(
@@ -74,10 +75,6 @@ def run(
         paths = report.write(found, out)
     except OSError as error:
         raise BenchError(f"a file cannot be written: {error}") from error
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; {out / 'results.json'} has what was measured, --resume goes on with it"
-        ) from None
     report.show(found)
     return found.failures, paths
 
@@ -110,10 +107,22 @@ def _measured(
                 _require_gpu(field, everyone[0])
             # Before and after: whoever disturbs one of them does not make the limits lower than they are.
             started = found = _with_ceilings(begun, field)
-            earlier.require_same_versions(begun, started.versions)
-            for found in results(field, workloads, started, show, end_s=end_s):
-                report.keep(_judged(found, thresholds), out)
-            return _judged(_with_ceilings(found, field), thresholds)
+            report.keep(_judged(started, thresholds), out)
+            with _advised(out):
+                for found in results(field, workloads, started, show, end_s=end_s):
+                    report.keep(_judged(found, thresholds), out)
+                return _judged(_with_ceilings(found, field), thresholds)
+
+
+@contextlib.contextmanager
+def _advised(out: Path) -> Iterator[None]:
+    """Has an interruption say how to go on with the results of this run that are there."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; {out / 'results.json'} has what was measured, --resume goes on with it"
+        ) from None
 
 
 def _judged(found: report.Report, thresholds: Sequence[gate.Rule]) -> report.Report:
@@ -126,7 +135,10 @@ def _with_ceilings(found: report.Report, field: Field) -> report.Report:
 
 
 def _versions(found: report.Report, field: Field) -> dict[str, dict[str, str]]:
-    return {**found.versions, **{name: hello["versions"] for name, hello in field.hellos.items()}}
+    """Returns the versions of all who have said theirs, and refuses others than those of earlier rows."""
+    told = {name: hello["versions"] for name, hello in field.hellos.items()}
+    earlier.require_same_versions(found, told)
+    return {**found.versions, **told}
 
 
 def best(looks: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
@@ -169,7 +181,7 @@ def results(
 
     What would begin after `end_s` of the monotonic clock has rows that say so, or keeps those that it has.
     """
-    missing = [w for w in workloads if not earlier.is_measured(found.rows, w)]
+    missing = [w for w in workloads if not earlier.is_measured(found.rows, w, field)]
     total = sum(driver.steps(field, workload) for workload in missing)
     for i, workload in enumerate(missing):
         name, start = workload.name, time.monotonic()

@@ -27,10 +27,12 @@ import serve_batch
 from bench import machine, shapes
 from bench.peers import jobs, process, protocol
 from bench.workloads import Precision, Workload
-from serve_batch import host
+from core import native
+from serve_batch import host, plan
 from train import program, step
 from train.config import TrainConfig
 
+PACKAGES = ("core", "convert", "serve_batch", "train")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -41,9 +43,11 @@ class Flaxmill:
         self.is_even, self.is_engine = is_even, is_engine
 
     def hello(self) -> dict[str, Any]:
-        names = ("flaxmill-core", "jax", "flax")
+        # With a digest of the sources: a version alone does not change with a kernel.
+        ours = {f"flaxmill-{name}": plan.code_version(name) for name in PACKAGES}
+        others = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
         return {
-            "versions": {name: importlib.metadata.version(name) for name in names},
+            "versions": {**ours, **others, "native kernels": native.name()},
             "threads": machine.threads(),  # XLA takes every core that the process may use
             "device": jax.default_backend(),
         }
