@@ -1,9 +1,9 @@
 """The memory that XLA computes in on a CPU: it asks the C library for it in every update anew, and gives it back.
 
 In pages of 4 KB the system has to find and clear half a million for an update of GPT-2 124M: a sixth of its time, of a
-small model's a third (docs/log.md); in a virtual machine the host may have taken them meanwhile, which costs as much once
-more. So a program that trains is started with glibc told to ask for pages of 2 MB and to give nothing back; where that
-cannot be, what is small enough is kept.
+small model's a third (docs/log.md); in a virtual machine the host may have taken them meanwhile, which costs as
+much once more. So a program that trains is started with glibc told to ask for pages of 2 MB and to give nothing
+back; where that cannot be, what is small enough is kept.
 """
 
 import contextlib
