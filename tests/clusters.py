@@ -261,27 +261,35 @@ class Node:
 @contextlib.contextmanager
 def node(folder: Path) -> Iterator[Node]:
     """Yields a node; its namespace has no name, so nothing is left of it when the tests die."""
+    with contextlib.ExitStack() as stack:
+        try:
+            made = _wired(folder, stack)
+        except Missing as why:
+            pytest.skip(f"network namespaces: {why}")
+        yield made
+
+
+def _wired(folder: Path, stack: contextlib.ExitStack) -> Node:
     own = Path("/proc/self/ns/net").readlink()
     number = os.getpid() % 2**15
     here = ipaddress.IPv4Address("198.18.0.1") + 4 * number  # a network for measurements, nobody's
-    try:
-        _run(["unshare", "--net", "true"])
-        with daemon(["unshare", "--net", "sleep", "infinity"], folder, "node") as holder:
-            space = Path(f"/proc/{holder.process.pid}/ns/net")
-            holder.wait_for(lambda: space.readlink() != own, "namespace")
-            made = Node(f"flax{number}", str(here), str(here + 1), ("nsenter", f"--net={space}"))
-            wire = ["ip", "link", "add", made.wire, "type", "veth", "peer", "name", made.wire]
-            _run([*wire, "netns", str(holder.process.pid)])
-            try:
-                for begin, address in (((), made.here), (made.enter, made.there)):
-                    _run([*begin, "ip", "address", "add", f"{address}/30", "dev", made.wire])
-                    _run([*begin, "ip", "link", "set", made.wire, "up"])
-                _run([*made.enter, "ip", "link", "set", "lo", "up"])
-                yield made
-            finally:  # what waits there for an answer would keep it for minutes
-                _run(["ip", "link", "delete", made.wire])
-    except Missing as why:
-        pytest.skip(f"network namespaces: {why}")
+    _run(["unshare", "--net", "true"])
+    holder = stack.enter_context(
+        daemon(["unshare", "--net", "sleep", "infinity"], folder, "node"),
+    )
+    space = Path(f"/proc/{holder.process.pid}/ns/net")
+    holder.wait_for(lambda: space.readlink() != own, "namespace")
+    made = Node(f"flax{number}", str(here), str(here + 1), ("nsenter", f"--net={space}"))
+    wire = ["ip", "link", "add", made.wire, "type", "veth", "peer", "name", made.wire]
+    _run([*wire, "netns", str(holder.process.pid)])
+    # What waits there for an answer would keep it for minutes.
+    delete = ["ip", "link", "delete", made.wire]
+    stack.callback(subprocess.run, delete, check=False, capture_output=True)
+    for begin, address in (((), made.here), (made.enter, made.there)):
+        _run([*begin, "ip", "address", "add", f"{address}/30", "dev", made.wire])
+        _run([*begin, "ip", "link", "set", made.wire, "up"])
+    _run([*made.enter, "ip", "link", "set", "lo", "up"])
+    return made
 
 
 @contextlib.contextmanager

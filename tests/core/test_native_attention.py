@@ -213,6 +213,17 @@ def test_a_prompt_s_query_has_the_same_bits_in_another_row_and_chunk(dtype: Any)
         np.testing.assert_array_equal(found[0], together[0, first : first + count])
 
 
+def test_a_prompt_s_padding_may_reach_beyond_the_cache():
+    case = a_case(1, 80, 4, 2, 100, 16, [90])
+    within = case._replace(lengths_B=jnp.full(1, 10))
+    found = np.asarray(attend_prompt(case))
+    np.testing.assert_array_equal(found[:, :10], attend_prompt(within)[:, :10])
+    last = case._replace(q_BTNH=case.q_BTNH[:, 10:], starts_B=jnp.array([99]))  # sees all there is
+    every = jnp.concatenate([last.q_BTNH[:, :1]] * 70, 1)
+    expected = attend_prompt(last._replace(q_BTNH=every, lengths_B=jnp.full(1, 1)))[:, 0]
+    np.testing.assert_array_equal(found[:, 10], expected)
+
+
 def test_a_prompt_reads_nothing_but_its_own_positions():
     case = a_case(2, 20, 4, 2, 300, 16, [70, 131])
     case = case._replace(lengths_B=jnp.array([20, 7], jnp.int32))

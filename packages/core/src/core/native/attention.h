@@ -39,7 +39,7 @@ xla::ffi::Error with_arrays(xla::ffi::AnyBuffer q, xla::ffi::AnyBuffer k, xla::f
                             xla::ffi::Result<xla::ffi::AnyBuffer> out, float scale, int64_t window, const Run& run) {
   const auto of = q.dimensions(), cache = k.dimensions();
   const Sizes sizes{of[0], of[1], of[2], of[3], cache[1], cache[2], scale, window};
-  const int64_t row = std::clamp<int64_t>(first_row.typed_data()[0], 0, cache[0] - of[0]) * sizes.K * sizes.S * sizes.H;
+  const int64_t row = std::clamp<int64_t>(first_row.typed_data()[0], 0, std::max<int64_t>(0, cache[0] - of[0])) * sizes.K * sizes.S * sizes.H;
   auto call = [&](auto query, auto number) {
     using Query = decltype(query);
     using Number = decltype(number);

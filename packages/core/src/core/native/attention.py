@@ -10,7 +10,7 @@ from core.native.library import call
 
 
 def attends(*dtypes: jnp.dtype) -> bool:
-    """Whether `attend_cache` takes queries and caches of these types."""
+    """Whether queries and caches of these types are taken."""
     return all(dtype in (jnp.float32, jnp.bfloat16, jnp.uint16) for dtype in dtypes)
 
 

@@ -73,7 +73,7 @@ class Task {
   void run() {
     const int64_t last = position(queries_ - 1);
     for (int64_t block = 0; block <= last; block += kBlock) {
-      const int64_t held = std::min<int64_t>(kBlock, position_ + count_ - block);
+      const int64_t held = std::min<int64_t>(kBlock, std::min(position_ + count_, sizes_.S) - block);
       take(block, held);
       for (int64_t i = 0; i < queries_; i += kRows) {
         const int64_t seen = std::min(held, position(std::min(i + kRows, queries_) - 1) + 1 - block);
@@ -148,7 +148,6 @@ class Task {
   }
 
   const Sizes& sizes_;
-  const Query* q_TNH_;
   const Number *k_, *v_;
   int64_t head_, position_, count_, begin_, queries_, rows_, width_;
   std::vector<float> q_, keys_, values_, mixed_, tops_;
