@@ -123,7 +123,7 @@ class Task {
     for (int64_t i = 0; i < seen; i += kWidth)
       multiply<kRows>(&q_[first * width_], width_, &keys_[i], kBlock, sizes_.H, nullptr, weights + i, kBlock);
     for (int r = 0; r < kRows; ++r)
-      keep[r] = weigh(weights + r * kBlock, first + r < queries_ ? position(first + r) + 1 - block : 0, first + r);
+      keep[r] = weigh(weights + r * kBlock, first + r < queries_ ? std::min(seen, position(first + r) + 1 - block) : 0, first + r);
     for (int64_t h = 0; h < sizes_.H; h += kWidth)
       multiply<kRows>(weights, kBlock, &values_[h], width_, seen, keep, &mixed_[first * width_ + h], width_);
   }
