@@ -375,7 +375,7 @@ def test_speculation_in_rings_takes_back_what_did_not_come_true():
     ("kernels", "kind"),
     [
         ("native", "gpt2"),
-        ("xla", "rings"),
+        pytest.param("xla", "rings", marks=pytest.mark.slow),
         pytest.param("native", "rings", marks=pytest.mark.slow),
         pytest.param("xla", "gpt2", marks=pytest.mark.slow),
     ],

@@ -27,7 +27,7 @@ def loss_of(config: Config, key: jax.Array | None, scan_layers: bool, remat: str
 @pytest.mark.parametrize(
     ("config", "remat"),
     [
-        (tiny.config(n_layer=3, **DROPPED), "none"),
+        pytest.param(tiny.config(n_layer=3, **DROPPED), "none", marks=pytest.mark.slow),
         (tiny.config(scale_attn_by_inverse_layer_idx=True), "full"),
         pytest.param(
             tiny_gpt_oss.config(num_hidden_layers=4, layer_types=WINDOWS, sliding_window=3),

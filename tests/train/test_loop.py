@@ -101,6 +101,7 @@ def test_the_last_two_checkpoints_and_the_best_are_kept(finished: train.Result):
         assert set(checkpoints.iterations()) == {40, 41, best}
 
 
+@pytest.mark.slow
 def test_the_best_is_kept_also_where_its_checkpoint_was_written_before_it_was_evaluated(
     smallest: TrainConfig,
 ):
@@ -531,6 +532,7 @@ def test_a_full_evaluation_is_every_window_once(smallest: TrainConfig):
     assert done.best_val_loss == pytest.approx(float(expected), abs=2e-6)
 
 
+@pytest.mark.slow
 def test_in_epochs_every_window_is_learned_from_once(smallest: TrainConfig):
     """With a learning rate of zero the mean loss over an epoch is the mean over the windows."""
     still = {"learning_rate": 0.0, "min_lr": 0.0, "data_order": "epoch"}

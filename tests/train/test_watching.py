@@ -44,6 +44,7 @@ def watched(smallest_config: TrainConfig, recorders, tmp_path: Path) -> TrainCon
     )
 
 
+@pytest.mark.slow
 def test_everything_that_can_be_watched_is(
     watched: TrainConfig, recorders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
