@@ -1,9 +1,8 @@
 """The memory that XLA computes in on a CPU: it asks the C library for it in every update anew, and gives it back.
 
 In pages of 4 KB the system has to find and clear half a million for an update of GPT-2 124M: a sixth of its time, of a
-small model's a third (docs/log.md); in a virtual machine the host may have taken them meanwhile, which costs as
-much once more. So a program that trains is started with glibc told to ask for pages of 2 MB and to give nothing
-back; where that cannot be, what is small enough is kept.
+small model's a third (docs/log.md). So what is small enough is kept, and glibc asks for pages of 2 MB if it is told to
+as a program starts.
 """
 
 import contextlib
@@ -15,8 +14,6 @@ from pathlib import Path
 
 TUNABLES = "GLIBC_TUNABLES"
 _HUGE = "glibc.malloc.hugetlb"
-# One heap, which may grow to any size, and from which nothing goes back: 2**40 bytes are never free at its end.
-_KEEP = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1"
 _MODE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -27,11 +24,8 @@ _BLOCK, _KEPT = 2**28, 2**29  # as glibc has it for smaller ones: twice the larg
 def keep() -> None:
     """Has the C library keep what this process gives back, up to 512 MB, instead of asking the system for it again.
 
-    That is for blocks of up to 256 MB, in other threads than the first of up to 64 MB. A program that was started to
-    keep everything does so already.
+    That is for blocks of up to 256 MB, in other threads than the first of up to 64 MB.
     """
-    if _KEEP in os.environ.get(TUNABLES, ""):
-        return
     with contextlib.suppress(AttributeError):  # another C library, which has other ways
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_MMAP_THRESHOLD, _BLOCK)
@@ -55,9 +49,9 @@ def tunables(environment: Mapping[str, str]) -> str | None:
 def wanted(environment: Mapping[str, str], mode: str) -> str | None:
     """Returns what GLIBC_TUNABLES should be; None where the user has decided, or the system gives none when asked."""
     given = environment.get(TUNABLES, "")
-    if "glibc.malloc." in given or "[madvise]" not in mode:
+    if _HUGE in given or "[madvise]" not in mode:
         return None
-    return ":".join(filter(None, [given, f"{_HUGE}=1", _KEEP]))
+    return ":".join(filter(None, [given, f"{_HUGE}=1"]))
 
 
 def _mode() -> str:
